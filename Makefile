@@ -1,0 +1,92 @@
+# make demo | test | test-full | check | fix | bench | emoji-data | emoji-model
+# PYTHON is the interpreter that the virtual environment is made with; everything else happens inside $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE := training/recipes/nitro-emoji.toml
+
+ONE_STEP := engines/nitro-emoji-1step
+MANY_STEPS := engines/nitro-emoji-124steps
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The constraints hold for the build back-end of the editable install too, which -c alone does not reach.
+export PIP_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full check fix bench emoji-data emoji-model
+
+help:
+	@echo 'make demo         build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
+	@echo 'make test         the tests, without the slow ones'
+	@echo 'make test-full    all tests'
+	@echo 'make check        lint, format, types, import contracts'
+	@echo 'make fix          mend what lint and format can mend'
+	@echo 'make bench        the lean runtime beside diffusers, into benchmarks/reports/'
+	@echo 'make emoji-data   fetch the icon packs (npm) and render the training data into data/'
+	@echo 'make emoji-model  train the shipped model again, resuming where it stopped'
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+# A stamp says what is installed and is older than its inputs when they change. The demo needs less than the tests, so it
+# has a stamp of its own; the full set covers it. Two targets of one `make -j` would install into one environment: never.
+.NOTPARALLEL:
+
+# $(call install,EXTRAS): a virtual environment with these extras, at the exact versions of constraints.txt.
+define install
+@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' is not here; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), nitro-rt needs 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+endef
+
+$(VENV)/.demo-stamp: pyproject.toml constraints.txt
+	$(call install,cpu$(comma)export)
+	@touch $@
+
+$(VENV)/.dev-stamp: pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch $@ $(VENV)/.demo-stamp
+
+comma := ,
+
+# --- the two commands of the README -------------------------------------------------------------------------------------
+demo: $(VENV)/.demo-stamp
+	$(BIN)/nitro-rt build --steps 1 --out $(ONE_STEP)
+	$(BIN)/nitro-rt build --steps 1,2,4 --out $(MANY_STEPS)
+	$(BIN)/python examples/demo.py --one-step $(ONE_STEP) --many-steps $(MANY_STEPS) --out demo
+
+test: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest --slow
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+check: $(VENV)/.dev-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_repository.py -k 'not wheel'
+
+fix: $(VENV)/.dev-stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev-stamp
+	$(BIN)/nitro-rt build --steps 1 --out $(ONE_STEP)
+	$(BIN)/python -m nitro_bench.lean $(ONE_STEP) --checkpoint nitro_rt/models/nitro-emoji --report benchmarks/reports
+
+# --- the shipped model --------------------------------------------------------------------------------------------------
+# --ignore-scripts: the packs are data, nothing of theirs runs.
+emoji-data: $(VENV)/.dev-stamp
+	@command -v npm >/dev/null || { echo "npm is not here; the icon packs are npm packages, install Node.js first" >&2; exit 1; }
+	mkdir -p data/npm
+	cp training/recipes/icon-packs.json data/npm/package.json
+	npm install --prefix data/npm --no-audit --no-fund --ignore-scripts --no-package-lock
+	$(BIN)/python -m pip download --quiet --no-deps --dest data open_clip_torch
+	$(BIN)/python -m nitro_training.emoji --npm data/npm/node_modules --out data/nitro-emoji --recipe $(RECIPE)
+
+emoji-model: $(VENV)/.dev-stamp
+	$(BIN)/nitro-rt train $(RECIPE) --out runs/nitro-emoji --resume
