@@ -10,8 +10,8 @@ ONE_STEP := engines/nitro-emoji-1step
 MANY_STEPS := engines/nitro-emoji-124steps
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# The constraints hold for the build back-end of the editable install too, which -c alone does not reach.
-export PIP_CONSTRAINT := constraints.txt
+# In the environment, the constraints reach the build back-end of the editable install too; -c alone does not.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full check fix bench emoji-data emoji-model
@@ -37,7 +37,7 @@ define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
   echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), nitro-rt needs 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 $(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+$(PIP) install --quiet --editable '.[$(1)]'
 endef
 
 $(VENV)/.demo-stamp: pyproject.toml constraints.txt
@@ -68,7 +68,7 @@ check: $(VENV)/.dev-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_repository.py -k 'not wheel'
+	$(BIN)/python -m pytest -q tests/test_repository.py -k tracked_files
 
 fix: $(VENV)/.dev-stamp
 	$(BIN)/ruff check --fix .
@@ -85,7 +85,7 @@ emoji-data: $(VENV)/.dev-stamp
 	mkdir -p data/npm
 	cp training/recipes/icon-packs.json data/npm/package.json
 	npm install --prefix data/npm --no-audit --no-fund --ignore-scripts --no-package-lock
-	$(BIN)/python -m pip download --quiet --no-deps --dest data open_clip_torch
+	$(PIP) download --quiet --no-deps --dest data open_clip_torch
 	$(BIN)/python -m nitro_training.emoji --npm data/npm/node_modules --out data/nitro-emoji --recipe $(RECIPE)
 
 emoji-model: $(VENV)/.dev-stamp
