@@ -1,0 +1,195 @@
+"""The cache of engines and graphs: a small JSON entry per key, files by content, one lock per key.
+
+    <root>/engines/entries/<key>.json      what was built, and from which fields
+    <root>/engines/files/<sha256>.<ext>    engine and tokenizer files; bundles hold hard links to them
+    <root>/graphs/<key>/                   exported checkpoints
+    <root>/builds/<engine key>.json        the fields of bundles built before, for --explain
+    <root>/work/<key>/                     what is being made; whoever holds the key's lock owns it
+    <root>/locks/<key>.lock
+
+The root is `<user cache>/nitro-rt`; the environment variable NITRO_RT_CACHE overrides it. Nothing here is precious:
+all of it may be deleted, and what is damaged is noticed by its digest and made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from nitro_engines.files import Report, fsync, locked, silent, storage_errors, write_durably
+from nitro_engines.keys import Fields, key_of
+from nitro_rt.errors import BundleError
+from nitro_rt.manifest import SCHEMA_VERSION, Engine, FileRef, check_file, from_json, resolve, sha256_of, to_json
+
+CACHE_VARIABLE = "NITRO_RT_CACHE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """One cached engine."""
+
+    schema_version: int
+    fields: Fields
+    """Everything that decides the engine; their digest is `engine.key`."""
+    engine: Engine
+
+
+def default_cache_root() -> Path:
+    """NITRO_RT_CACHE, or the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_path("nitro-rt"))
+
+
+class EngineCache:
+    """Engines by key and files by content, safe for several builders at once.
+
+    Raises (all methods): BuildError if the folder cannot be written or the disk is full.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = Path(root).absolute() if root else default_cache_root()
+        self.engines = self.root / "engines"
+        self.graphs = self.root / "graphs"
+        self._entries = self.engines / "entries"
+        self._files = self.engines / "files"
+        self._builds = self.root / "builds"
+        self._work = self.root / "work"
+        self._locks = self.root / "locks"
+
+    @contextmanager
+    def making(self, key: str, what: str, report: Report = silent) -> Iterator[Path]:
+        """Hold the lock of `key` and yield an empty folder of this cache's file system; it is gone afterwards.
+
+        A second builder of the same key waits here and should look into the cache again when it gets in.
+        """
+        folder = self._work / key
+        with storage_errors("preparing the cache", self.root):
+            for needed in (self._entries, self._files, self.graphs, self._builds, self._work, self._locks):
+                needed.mkdir(parents=True, exist_ok=True)
+        with locked(self._locks / f"{key}.lock", f"another build is making {what}; waiting for it", report):
+            with storage_errors("preparing the cache", folder):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self, report: Report = silent) -> None:
+        """Remove what killed builders left: a work folder whose lock is free has no owner."""
+        if not self._work.is_dir():
+            return
+        for folder in sorted(self._work.iterdir()):
+            lock = FileLock(self._locks / f"{folder.name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                if folder.exists():
+                    report(f"removing what a build that was cut short left in {folder}")
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                lock.release()
+
+    def find(self, key: str, report: Report = silent) -> Engine | None:
+        """The engine of `key` with every file's digest checked; None if it is not cached or was damaged.
+
+        What is damaged is removed, and `report` says so.
+        """
+        path = self._entries / f"{key}.json"
+        if not path.is_file():
+            return None
+        try:
+            entry = self._read(path)
+            if entry.engine.key != key or key_of(entry.fields) != key:
+                raise BundleError(f"{path} is of another key")
+        except BundleError as exc:
+            report(f"the cached engine {key[:12]} is damaged and is built again: {exc}")
+            path.unlink(missing_ok=True)
+            return None
+        damage = [message for message in map(self._damage, entry.engine.files) if message]
+        if damage:
+            report(f"the cached engine {key[:12]} is damaged and is built again: {damage[0]}")
+            path.unlink(missing_ok=True)
+            return None
+        return entry.engine
+
+    def has(self, key: str) -> bool:
+        """Whether an entry exists and its files have their sizes; digests are compared only by `find`."""
+        path = self._entries / f"{key}.json"
+        try:
+            entry = self._read(path) if path.is_file() else None
+            return entry is not None and all(self.path(ref).stat().st_size == ref.num_bytes for ref in entry.engine.files)
+        except (BundleError, OSError):
+            return False
+
+    def adopt(self, path: Path) -> FileRef:
+        """Move a finished file of a work folder into the cache, named by its content; the extension stays."""
+        with storage_errors("storing an engine file", path):
+            fsync(path)
+            digest = sha256_of(path)
+            reference = FileRef(path=f"files/{digest}{path.suffix}", sha256=digest, num_bytes=path.stat().st_size)
+            os.replace(path, self.path(reference))
+            fsync(self._files)
+        return reference
+
+    def store(self, engine: Engine, fields: Fields, work: Path) -> None:
+        """Publish the entry of an engine whose files were adopted."""
+        assert key_of(fields) == engine.key
+        entry = CacheEntry(schema_version=SCHEMA_VERSION, fields=fields, engine=engine)
+        self._publish(self._entries / f"{engine.key}.json", to_json(entry), work)
+
+    def path(self, reference: FileRef) -> Path:
+        """Where a file of the cache is. Raises: BundleError if an edited entry points outside."""
+        return resolve(self.engines, reference)
+
+    def remember_build(self, key: str, fields: Fields, work: Path) -> None:
+        self._publish(self._builds / f"{key}.json", json.dumps(fields, indent=2, sort_keys=True) + "\n", work)
+
+    def known_builds(self) -> dict[str, Fields]:
+        """The fields of every bundle built with this cache, by engine key; unreadable records are left out."""
+        builds: dict[str, Fields] = {}
+        for path in sorted(self._builds.glob("*.json")) if self._builds.is_dir() else ():
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(fields, dict) and key_of(fields) == path.stem:
+                builds[path.stem] = fields
+        return builds
+
+    def _read(self, path: Path) -> CacheEntry:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise BundleError(f"{path} cannot be read: {exc}") from exc
+        return from_json(CacheEntry, text, where=str(path))
+
+    def _damage(self, reference: FileRef) -> str | None:
+        try:
+            check_file(self.engines, reference)
+        except (BundleError, OSError) as exc:
+            try:
+                # A new file will take its place. Bundles that share this one keep theirs, and `verify` tells them.
+                self.path(reference).unlink(missing_ok=True)
+            except BundleError:
+                pass
+            return str(exc)
+        return None
+
+    def _publish(self, target: Path, text: str, work: Path) -> None:
+        with storage_errors("writing a cache entry", target):
+            prepared = work / target.name
+            write_durably(prepared, text)
+            os.replace(prepared, target)
+            fsync(target.parent)

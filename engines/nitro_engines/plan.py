@@ -1,0 +1,167 @@
+"""What a build would do, without doing it: the key and its fields, what is cached, and what differs from the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nitro_engines.backends import Backend, load_backend
+from nitro_engines.bundle import backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
+from nitro_engines.cache import EngineCache
+from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
+from nitro_engines.models import ModelSource, resolve_model
+from nitro_engines.request import BuildRequest
+from nitro_rt.errors import BundleError, ModelNotFound
+from nitro_rt.manifest import GraphsManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """The facts of `--dry-run` and `--explain`. Nothing was written and torch was not loaded to find them."""
+
+    request: BuildRequest
+    """With size, shift and output folder decided."""
+    source: ModelSource
+    checkpoint_sha256: str
+    graphs_key: str
+    graphs_cached: bool
+    engine_key: str | None
+    """None until the graphs exist: their digests are part of it."""
+    fields: Fields
+    """The engine key's fields; without `onnx_sha256` while the graphs do not exist."""
+    stages: dict[str, str]
+    """Stage -> `cached`, `build`, or `unknown` while the graphs do not exist."""
+    nearest_key: str | None
+    """The engine key built before that differs least; None if none was built."""
+    differences: tuple[Difference, ...]
+    """Its fields that differ, as far as they are known."""
+    out: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        request = dataclasses.asdict(self.request) | {"out": str(self.out)}
+        source = {"name": self.source.name, "origin": self.source.origin, "checkpoint": str(self.source.checkpoint)}
+        return dataclasses.asdict(self) | {"request": request, "source": source, "out": str(self.out)}
+
+    def lines(self, *, explain: bool = False) -> list[str]:
+        """For people; `explain` adds the comparison with the nearest key."""
+        request = self.request
+        steps = ", ".join(map(str, request.steps))
+        lines = [
+            f"model       {self.source.name} ({self.checkpoint_sha256[:12]})",
+            f"build       steps {steps}; {request.size_px} px, batch {request.batch}, {request.precision}, shift {request.shift}",
+            f"backend     {request.backend}{' for ' + ', '.join(request.targets) if request.targets else ''}, "
+            f"computes in {self.fields['options']['compute_dtype']}",
+            f"graphs      {'cached' if self.graphs_cached else 'to be exported'}",
+            *(f"engine      {stage}: {state}" for stage, state in self.stages.items()),
+            f"engine key  {self.engine_key or 'known after the export'}",
+            f"out         {self.out}",
+        ]
+        return lines + self._explanation() if explain else lines
+
+    def _explanation(self) -> list[str]:
+        if self.nearest_key is None:
+            return ["nothing was built with this cache before"]
+        if self.nearest_key == self.engine_key:
+            return [f"this very bundle was built before ({self.nearest_key[:12]})"]
+        if not self.differences:
+            return [f"no difference from {self.nearest_key[:12]} is known before the export"]
+        return [f"nearest key built before: {self.nearest_key[:12]}; it differs in"] + [
+            f"  {item}" for item in self.differences
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A request with everything looked up that both the plan and the build need."""
+
+    request: BuildRequest
+    source: ModelSource
+    backend: Backend
+    checkpoint_sha256: str
+    graphs_fields: Fields
+    """Everything that decides the exported graphs."""
+    graphs_key: str
+
+
+def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
+    """What `build(request)` would do.
+
+    Raises: ConfigError, ModelNotFound, ExportError, BackendUnavailable as `build` would before its work starts.
+    """
+    prepared, cache = prepare_build(request), cache or EngineCache()
+    graphs = _cached_graphs(cache.graphs / prepared.graphs_key)
+    if graphs is None:
+        fields = _fields_before_export(prepared)
+        stages = dict.fromkeys(("text", *(f"denoise/{n}" for n in prepared.request.steps), "decode"), "unknown")
+    else:
+        fields = bundle_fields(graphs, prepared.backend)
+        keys = {stage: key_of(stage_fields(graphs, stage, graph, prepared.backend)) for stage, graph in graphs_of(graphs)}
+        stages = {stage: "cached" if cache.has(key) else "build" for stage, key in keys.items()}
+    engine_key = key_of(fields) if graphs else None
+    built = cache.known_builds()
+    if graphs is None:  # compare what can be compared
+        built = {key: {name: value for name, value in known.items() if name != "onnx_sha256"} for key, known in built.items()}
+    closest = engine_key if engine_key in built else nearest(fields, built)
+    assert prepared.request.out is not None
+    return BuildPlan(
+        request=prepared.request,
+        source=prepared.source,
+        checkpoint_sha256=prepared.checkpoint_sha256,
+        graphs_key=prepared.graphs_key,
+        graphs_cached=graphs is not None,
+        engine_key=engine_key,
+        fields=fields,
+        stages=stages,
+        nearest_key=closest,
+        differences=differences(fields, built[closest]) if closest else (),
+        out=prepared.request.out,
+    )
+
+
+def prepare_build(request: BuildRequest) -> Preparation:
+    """Everything about a build that is cheap to know; also where a wrong request is refused."""
+    from nitro_export import checkpoint_sha256, read_checkpoint, toolchain
+
+    backend = load_backend(request.backend, request.targets)
+    backend.compute_dtype(request.precision)
+    source = resolve_model(request.model)
+    checkpoint = read_checkpoint(source.checkpoint)
+    resolved = request.resolved(source, checkpoint)
+    digest = checkpoint_sha256(source.checkpoint)
+    fields = {
+        "checkpoint_sha256": digest,
+        "name": source.name,
+        "origin": source.origin,
+        "licence": source.licence,
+        "steps": list(resolved.steps),
+        "shift": resolved.shift,
+        "precision": resolved.precision,
+        "size_px": resolved.size_px,
+        "batch": resolved.batch,
+        "toolchain": toolchain(),
+    }
+    return Preparation(
+        request=resolved,
+        source=source,
+        backend=backend,
+        checkpoint_sha256=digest,
+        graphs_fields=fields,
+        graphs_key=key_of(fields),
+    )
+
+
+def _fields_before_export(prepared: Preparation) -> Fields:
+    """`bundle_fields` without the graphs' digests."""
+    graphs, own = prepared.graphs_fields, backend_fields(prepared.backend, prepared.request.precision)
+    shared = {name: graphs[name] for name in ("checkpoint_sha256", "steps", "shift", "size_px", "batch")}
+    return {**shared, **own, "toolchain": {**graphs["toolchain"], **own["toolchain"]}}
+
+
+def _cached_graphs(folder: Path) -> GraphsManifest | None:
+    try:
+        return read_graphs(folder)
+    except (ModelNotFound, BundleError):
+        return None  # absent or damaged: the build exports again

@@ -1,0 +1,102 @@
+"""What a user asks to be built, and the same with every open choice made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nitro_engines.models import DEFAULT_MODEL, ModelSource
+from nitro_rt.errors import ConfigError
+from nitro_rt.schedule import MAX_STEPS
+
+if TYPE_CHECKING:
+    from nitro_export import Checkpoint
+
+PRECISIONS = ("fp32", "fp16")
+"""What can be built now."""
+LATER_PRECISIONS = ("bf16", "int8", "fp8")
+MAX_BATCH = 64
+MAX_SHIFT = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """The options of `nitro-rt build`. None means: decided from the checkpoint, see `resolved`."""
+
+    model: str = DEFAULT_MODEL
+    """A known name, a checkpoint folder, or a hub id."""
+    steps: tuple[int, ...] = (1,)
+    """Step counts that one bundle serves, each from 1 to 4; kept sorted, without repeats."""
+    precision: str = "fp32"
+    """fp32 or fp16: the type of the graphs."""
+    backend: str = "openvino"
+    """openvino, onnxruntime or tensorrt-rtx. The default runs everywhere; GPU executors come with TensorRT proper."""
+    targets: tuple[str, ...] = ()
+    """GPU architectures, `sm89`; only for backends that build for another machine."""
+    size_px: int | None = None
+    """Side of the images; None: the checkpoint's own."""
+    batch: int = 1
+    """Images per call that the engines have room for."""
+    shift: int | None = None
+    """shifted_timestep, 1 to 1000; None: from the checkpoint."""
+    out: Path | None = None
+    """The bundle's folder; None: engines/<model>-<steps>step."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for the first option that is wrong."""
+        object.__setattr__(self, "steps", _steps(self.steps))
+        object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        if self.precision in LATER_PRECISIONS:
+            raise ConfigError(f"--precision {self.precision} is not available yet; available: {', '.join(PRECISIONS)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision {self.precision!r} is unknown; available: {', '.join(PRECISIONS)}")
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise ConfigError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}")
+        if self.size_px is not None and self.size_px < 1:
+            raise ConfigError(f"--size must be positive, got {self.size_px}")
+        if self.shift is not None and not 1 <= self.shift <= MAX_SHIFT:
+            raise ConfigError(f"--shift must be from 1 to {MAX_SHIFT}, got {self.shift}")
+
+    def resolved(self, source: ModelSource, checkpoint: Checkpoint) -> BuildRequest:
+        """This request with size, shift and output folder decided.
+
+        Raises: ConfigError if the size does not suit the model, or if nothing says the shift.
+        """
+        size_px, multiple = self.size_px or checkpoint.native_size_px, checkpoint.size_multiple
+        if size_px % multiple:
+            raise ConfigError(f"--size must be a multiple of {multiple} pixels for {source.name}, got {size_px}")
+        return dataclasses.replace(
+            self,
+            size_px=size_px,
+            shift=self._shift(source, checkpoint.run),
+            out=Path(self.out or default_out(source.name, self.steps)),
+        )
+
+    def _shift(self, source: ModelSource, run: dict[str, Any]) -> int:
+        if self.shift is not None:
+            return self.shift
+        shift = run.get("shifted_timestep", source.shift)
+        if shift is None:
+            raise ConfigError(
+                f"--model {self.model} does not say its timestep shift: its run.json lacks shifted_timestep; "
+                "say --shift (250 for NitroSD-Realism, 500 for NitroSD-Vibrant, 1000 for a model without shift)"
+            )
+        if not isinstance(shift, int) or isinstance(shift, bool) or not 1 <= shift <= MAX_SHIFT:
+            raise ConfigError(
+                f"{source.name}: run.json has shifted_timestep {shift!r}, it must be from 1 to {MAX_SHIFT}; say --shift"
+            )
+        return shift
+
+
+def default_out(name: str, steps: tuple[int, ...]) -> Path:
+    """engines/nitro-emoji-1step, engines/nitro-emoji-1-2-4step."""
+    return Path("engines") / f"{name}-{'-'.join(map(str, steps))}step"
+
+
+def _steps(steps: tuple[int, ...]) -> tuple[int, ...]:
+    unique = tuple(sorted(set(steps)))
+    if not unique or not all(1 <= count <= MAX_STEPS for count in unique):
+        raise ConfigError(f"--steps must be one or more of 1 to {MAX_STEPS}, got {', '.join(map(str, steps)) or 'none'}")
+    return unique
