@@ -34,6 +34,9 @@ from nitro_rt.manifest import (
     resolve,
 )
 
+GRAPH_DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""What most graphs of an export compute in, by its precision."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
@@ -74,7 +77,8 @@ def build_bundle(
 def bundle_from_graphs(graphs: Path, out: Path, backend: Backend, cache: EngineCache, report: Report = silent) -> BuildResult:
     """`build_bundle` with a loaded backend."""
     manifest = read_graphs(graphs)
-    backend.compute_dtype(manifest.precision)  # refuses what cannot be built, before anything is written
+    for _, graph in graphs_of(manifest):
+        backend.compute_dtype(graph.compute_dtype)  # refuses what cannot be built, before anything is written
     out = prepare(out, report)
     cache.sweep(report)
     engines: dict[str, Engine] = {}
@@ -109,9 +113,8 @@ def read_graphs(graphs: Path) -> GraphsManifest:
         raise BundleError(f"{path} cannot be read: {exc}; export again") from exc
     manifest = from_json(GraphsManifest, text, where=str(path))
     if set(manifest.denoise) != set(manifest.schedule.steps) or not manifest.denoise:
-        raise BundleError(
-            f"{path} has graphs for {sorted(manifest.denoise)} steps and schedules for {sorted(manifest.schedule.steps)}; export again"
-        )
+        found, scheduled = sorted(manifest.denoise), sorted(manifest.schedule.steps)
+        raise BundleError(f"{path} has graphs for {found} steps and schedules for {scheduled}; export again")
     for _, graph in graphs_of(manifest):
         for reference in graph.files:
             check_file(graphs, reference)
@@ -137,16 +140,16 @@ def stage_fields(manifest: GraphsManifest, stage: str, graph: Graph, backend: Ba
         "onnx_sha256": [reference.sha256 for reference in graph.files],
         "inputs": [_shape_text(spec) for spec in graph.inputs],
         "outputs": [_shape_text(spec) for spec in graph.outputs],
-        **backend_fields(backend, manifest.precision),
+        **backend_fields(backend, manifest.precision, graph.compute_dtype),
     }
 
 
-def backend_fields(backend: Backend, precision: str) -> Fields:
+def backend_fields(backend: Backend, precision: str, graph_dtype: str) -> Fields:
     """The fields that need no graphs: backend, options, versions, target."""
     return {
         "precision": precision,
         "backend": backend.name,
-        "options": {**backend.options(precision), "compute_dtype": backend.compute_dtype(precision)},
+        "options": {**backend.options(graph_dtype), "compute_dtype": backend.compute_dtype(graph_dtype)},
         "toolchain": {**backend.toolchain(), "backend_source": source_sha256(Path(__file__).parent / "backends")},
         "target": backend.target(),
     }
@@ -154,7 +157,7 @@ def backend_fields(backend: Backend, precision: str) -> Fields:
 
 def bundle_fields(manifest: GraphsManifest, backend: Backend) -> Fields:
     """Everything that decides all engines of a bundle, comparable before the export but for `onnx_sha256`."""
-    own = backend_fields(backend, manifest.precision)
+    own = backend_fields(backend, manifest.precision, GRAPH_DTYPES[manifest.precision])
     return {
         "checkpoint_sha256": manifest.source.checkpoint_sha256,
         "steps": sorted(manifest.denoise),
@@ -180,18 +183,18 @@ def _engine(
             return engine, "cached"
         started = time.perf_counter()
         onnx_path = resolve(graphs, graph.files[0])
-        _check_graph(onnx_path, graph, manifest.precision)
+        _check_graph(onnx_path, graph)
         with foreign_errors(f"compiling {stage} for {backend.name}", work):
             paths = backend.compile(onnx_path, graph, work)
         engine = Engine(
             backend=backend.name,
             precision=manifest.precision,
-            compute_dtype=backend.compute_dtype(manifest.precision),
+            compute_dtype=backend.compute_dtype(graph.compute_dtype),
             files=tuple(cache.adopt(path) for path in paths),
             inputs=graph.inputs,
             outputs=graph.outputs,
             key=key,
-            options=backend.options(manifest.precision),
+            options=backend.options(graph.compute_dtype),
         )
         cache.store(engine, fields, work)
         mib = sum(reference.num_bytes for reference in engine.files) / 2**20
@@ -199,10 +202,10 @@ def _engine(
         return engine, "built"
 
 
-def _check_graph(path: Path, graph: Graph, precision: str) -> None:
+def _check_graph(path: Path, graph: Graph) -> None:
     from nitro_engines.backends.onnx_graph import check_graph  # here, so that plans and cached builds need no onnx
 
-    check_graph(path, graph, precision)
+    check_graph(path, graph)
 
 
 def _tokenizers(graphs: Path, manifest: GraphsManifest, cache: EngineCache, report: Report) -> tuple[TokenizerSpec, ...]:

@@ -94,7 +94,7 @@ def _preset(model: str) -> ModelSource:
         raise ModelNotFound(
             f"--model {model}: its checkpoint is not on this machine, and nitro-rt downloads nothing. Put a diffusers SDXL "
             f"folder at {folder}: stabilityai/stable-diffusion-xl-base-1.0 with the VAE of madebyollin/sdxl-vae-fp16-fix, and "
-            f"{preset.unet} of ChenDY/NitroFusion as unet/diffusion_pytorch_model.safetensors; or name your folder: --model FOLDER"
+            f"{preset.unet} of ChenDY/NitroFusion as unet/diffusion_pytorch_model.safetensors; or say --model FOLDER"
         )
     return ModelSource(name=model, checkpoint=folder, origin=model, licence=preset.licence, shift=preset.shift)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_engines.backends import Backend, load_backend
-from nitro_engines.bundle import backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
+from nitro_engines.bundle import GRAPH_DTYPES, backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
 from nitro_engines.cache import EngineCache
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
 from nitro_engines.models import ModelSource, resolve_model
@@ -48,12 +48,12 @@ class BuildPlan:
     def lines(self, *, explain: bool = False) -> list[str]:
         """For people; `explain` adds the comparison with the nearest key."""
         request = self.request
-        steps = ", ".join(map(str, request.steps))
+        steps, size = ", ".join(map(str, request.steps)), f"{request.size_px} px, batch {request.batch}"
+        targets = " for " + ", ".join(request.targets) if request.targets else ""
         lines = [
             f"model       {self.source.name} ({self.checkpoint_sha256[:12]})",
-            f"build       steps {steps}; {request.size_px} px, batch {request.batch}, {request.precision}, shift {request.shift}",
-            f"backend     {request.backend}{' for ' + ', '.join(request.targets) if request.targets else ''}, "
-            f"computes in {self.fields['options']['compute_dtype']}",
+            f"build       steps {steps}; {size}, {request.precision}, shift {request.shift}",
+            f"backend     {request.backend}{targets}, computes in {self.fields['options']['compute_dtype']}",
             f"graphs      {'cached' if self.graphs_cached else 'to be exported'}",
             *(f"engine      {stage}: {state}" for stage, state in self.stages.items()),
             f"engine key  {self.engine_key or 'known after the export'}",
@@ -68,9 +68,8 @@ class BuildPlan:
             return [f"this very bundle was built before ({self.nearest_key[:12]})"]
         if not self.differences:
             return [f"no difference from {self.nearest_key[:12]} is known before the export"]
-        return [f"nearest key built before: {self.nearest_key[:12]}; it differs in"] + [
-            f"  {item}" for item in self.differences
-        ]
+        differing = [f"  {difference}" for difference in self.differences]
+        return [f"nearest key built before: {self.nearest_key[:12]}; it differs in", *differing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
     from nitro_export import checkpoint_sha256, read_checkpoint, toolchain
 
     backend = load_backend(request.backend, request.targets)
-    backend.compute_dtype(request.precision)
+    backend.compute_dtype(GRAPH_DTYPES[request.precision])
     source = resolve_model(request.model)
     checkpoint = read_checkpoint(source.checkpoint)
     resolved = request.resolved(source, checkpoint)
@@ -155,7 +154,8 @@ def prepare_build(request: BuildRequest) -> Preparation:
 
 def _fields_before_export(prepared: Preparation) -> Fields:
     """`bundle_fields` without the graphs' digests."""
-    graphs, own = prepared.graphs_fields, backend_fields(prepared.backend, prepared.request.precision)
+    precision = prepared.request.precision
+    graphs, own = prepared.graphs_fields, backend_fields(prepared.backend, precision, GRAPH_DTYPES[precision])
     shared = {name: graphs[name] for name in ("checkpoint_sha256", "steps", "shift", "size_px", "batch")}
     return {**shared, **own, "toolchain": {**graphs["toolchain"], **own["toolchain"]}}
 

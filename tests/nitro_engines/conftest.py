@@ -191,11 +191,26 @@ def _model(nodes: list, constants: dict, inputs: dict, outputs: dict) -> onnx.Mo
 
 
 def _save(model: onnx.ModelProto, folder: Path, name: str, external: bool) -> Graph:
-    path, data = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
+    path, data = folder / f"{name}.onnx", folder / "weights"
     specs = [[_spec(value) for value in values] for values in (model.graph.input, model.graph.output)]
+    halves = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     onnx.save_model(model, str(path), save_as_external_data=external, location=data.name, size_threshold=1024)
-    files = [_reference(path)] + ([_reference(data)] if data.exists() else [])
-    return Graph(files=tuple(files), inputs=tuple(specs[0]), outputs=tuple(specs[1]), parity_max_abs=0.0)
+    files = [path]
+    if external:  # under its content name, as the exporter writes it
+        files.append(data.rename(folder / f"{sha256_of(data)}.data"))
+        saved = onnx.load(str(path), load_external_data=False)
+        for tensor in saved.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = files[1].name
+        onnx.save_model(saved, str(path))
+    return Graph(
+        files=tuple(map(_reference, files)),
+        inputs=tuple(specs[0]),
+        outputs=tuple(specs[1]),
+        parity_max_abs=0.0,
+        compute_dtype="float16" if halves else "float32",
+    )
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

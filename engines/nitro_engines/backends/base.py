@@ -24,12 +24,15 @@ class Backend(Protocol):
         """The machine or GPUs that the engine is for: only what decides it."""
         ...
 
-    def options(self, precision: str) -> dict[str, str]:
+    def options(self, graph_dtype: str) -> dict[str, str]:
         """What the executor must set when it loads the engine."""
         ...
 
-    def compute_dtype(self, precision: str) -> str:
-        """What the engine computes in: float32, float16, bfloat16. Raises: BuildError if the backend cannot."""
+    def compute_dtype(self, graph_dtype: str) -> str:
+        """What the engine of a graph in float32 or float16 computes in: float32, float16, bfloat16.
+
+        Raises: ConfigError if the backend cannot run such graphs on its target.
+        """
         ...
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:

@@ -1,38 +1,39 @@
-"""ONNX Runtime: an engine is the ONNX graph itself, checked, with its large weights in a file beside it.
+"""ONNX Runtime: an engine is the exported graph itself, checked, with its weights' file beside it.
 
-A graph names its weights' file inside itself. Bundles name files by content, so that inner name is rewritten to the
-content name. Inlining the weights would be simpler, but ends at protobuf's 2 GiB, and step counts could not share
-them: the large weights of all `denoise` graphs are the same bytes in the same order, hence one file.
+A graph names its weights' file inside itself, and a bundle names files by content. The exporter names them by content
+too, so graph and weights move as they are, whatever their size (inlining would end at protobuf's 2 GiB), and the
+`denoise` graphs of several step counts share one weights' file. Anything else is refused rather than rewritten.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from nitro_engines.backends.base import check_bindings
-from nitro_engines.backends.onnx_graph import dtype_name
-from nitro_engines.files import foreign_errors
+from nitro_engines.backends.onnx_graph import external_files
+from nitro_engines.files import foreign_errors, link_or_copy
 from nitro_engines.host import cpu_target
 from nitro_rt.errors import BackendUnavailable, BuildError
 from nitro_rt.manifest import Graph, TensorSpec
 
 PROVIDER = "CPUExecutionProvider"
-_MIN_EXTERNAL_BYTES = 16384
-"""Smaller initializers stay in the graph: among them are the tables in which step counts differ."""
-_ALIGNMENT = 64
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}
 
 
 class OnnxRuntimeBackend:
-    """Checks graphs and makes their weights shareable."""
+    """Checks that ONNX Runtime takes the graph as it is."""
 
     name = "onnxruntime"
 
@@ -46,60 +47,37 @@ class OnnxRuntimeBackend:
     def target(self) -> dict[str, str]:
         return cpu_target()
 
-    def options(self, precision: str) -> dict[str, str]:
+    def options(self, graph_dtype: str) -> dict[str, str]:
         return {"provider": PROVIDER}
 
-    def compute_dtype(self, precision: str) -> str:
-        return "float16" if precision == "fp16" and _has_fp16_kernels() else "float32"
+    def compute_dtype(self, graph_dtype: str) -> str:
+        return "float16" if graph_dtype == "float16" and _has_fp16_kernels() else "float32"
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+        _check_names(onnx_path, graph)
+        files: list[Path] = []
         with foreign_errors(f"preparing {onnx_path.name} for ONNX Runtime", work):
-            model = onnx.load(str(onnx_path))
-            weights = _externalise(model, work)
-            engine = work / "engine.onnx"
-            engine.write_bytes(model.SerializeToString(deterministic=True))
-            session = _session(str(engine))
+            for reference in graph.files:
+                source = onnx_path.parent / reference.path
+                files.append(work / (source.name if files else "engine.onnx"))
+                link_or_copy(source, files[-1])
+            session = _session(str(files[0]))
         if session.get_providers() != [PROVIDER]:
             raise BuildError(f"ONNX Runtime took {session.get_providers()} instead of {PROVIDER}")
-        check_bindings(_specs(model.graph.input), graph.inputs, "inputs", onnx_path)
-        check_bindings(_specs(model.graph.output), graph.outputs, "outputs", onnx_path)
-        return [engine, *weights]
+        check_bindings([_spec(node) for node in session.get_inputs()], graph.inputs, "inputs", onnx_path)
+        check_bindings([_spec(node) for node in session.get_outputs()], graph.outputs, "outputs", onnx_path)
+        return files
 
 
-def _externalise(model: onnx.ModelProto, work: Path) -> list[Path]:
-    """Move the large initializers of `model` into one file named by its content; [] if there are none."""
-    large = [tensor for tensor in model.graph.initializer if _num_bytes(tensor) >= _MIN_EXTERNAL_BYTES]
-    if not large:
-        return []
-    digest, places = hashlib.sha256(), []
-    unnamed = work / "weights"
-    with unnamed.open("wb") as file:
-        for tensor in large:
-            content = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
-            padded = content + bytes(-len(content) % _ALIGNMENT)
-            places.append((file.tell(), len(content)))
-            file.write(padded)
-            digest.update(padded)
-    weights = unnamed.rename(work / f"{digest.hexdigest()}.bin")
-    for tensor, (offset, length) in zip(large, places, strict=True):
-        _point_to(tensor, weights.name, offset, length)
-    return [weights]
-
-
-def _point_to(tensor: TensorProto, location: str, offset: int, length: int) -> None:
-    name, data_type, dims = tensor.name, tensor.data_type, list(tensor.dims)
-    tensor.Clear()
-    tensor.name, tensor.data_type = name, data_type
-    tensor.dims.extend(dims)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-
-
-def _num_bytes(tensor: TensorProto) -> int:
-    if tensor.data_type == TensorProto.STRING:
-        return 0
-    return int(np.prod(tensor.dims, dtype=np.int64)) * np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+def _check_names(onnx_path: Path, graph: Graph) -> None:
+    """Every file that the graph points to is one of the manifest's and has its content name."""
+    known = {f"{reference.sha256}{Path(reference.path).suffix}" for reference in graph.files[1:]}
+    unknown = sorted(external_files(onnx_path) - known)
+    if unknown:
+        raise BuildError(
+            f"{onnx_path.name} keeps weights in {unknown[0]!r}, which is no content name of export.json, "
+            f"found {', '.join(sorted(known)) or 'none'}; export again"
+        )
 
 
 def _session(model: str | bytes, level: Any = None, optimised: Path | None = None) -> onnxruntime.InferenceSession:
@@ -111,15 +89,8 @@ def _session(model: str | bytes, level: Any = None, optimised: Path | None = Non
     return onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
 
 
-def _specs(values: Any) -> list[TensorSpec]:
-    specs = []
-    for value in values:
-        kind = value.type.tensor_type
-        if any(not dim.HasField("dim_value") for dim in kind.shape.dim):
-            raise BuildError(f"{value.name} has a dynamic shape; engines are static, export again")
-        shape = tuple(dim.dim_value for dim in kind.shape.dim)
-        specs.append(TensorSpec(name=value.name, dtype=dtype_name(kind.elem_type), shape=shape))
-    return specs
+def _spec(node: Any) -> TensorSpec:
+    return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=tuple(node.shape))
 
 
 @functools.cache

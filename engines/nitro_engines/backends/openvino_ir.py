@@ -30,13 +30,13 @@ class OpenVinoBackend:
     def target(self) -> dict[str, str]:
         return cpu_target()
 
-    def options(self, precision: str) -> dict[str, str]:
+    def options(self, graph_dtype: str) -> dict[str, str]:
         """Without the hint OpenVINO would choose: on CPUs with AMX an fp32 engine would silently run in bfloat16."""
-        return {"INFERENCE_PRECISION_HINT": _HINTS[self.compute_dtype(precision)]}
+        return {"INFERENCE_PRECISION_HINT": _HINTS[self.compute_dtype(graph_dtype)]}
 
-    def compute_dtype(self, precision: str) -> str:
-        """float32 for fp32; for fp16 the narrowest type that this CPU computes in natively."""
-        if precision == "fp32":
+    def compute_dtype(self, graph_dtype: str) -> str:
+        """A float32 graph in float32; a float16 graph in the narrow type that this CPU computes in natively, if any."""
+        if graph_dtype == "float32":
             return "float32"
         native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return "bfloat16" if "BF16" in native else "float16" if "FP16" in native else "float32"

@@ -20,7 +20,7 @@ from polygraphy.logger import G_LOGGER  # noqa: E402
 
 from nitro_engines.backends.base import check_bindings, version  # noqa: E402
 from nitro_engines.files import storage_errors  # noqa: E402
-from nitro_rt.errors import BackendUnavailable, BuildError  # noqa: E402
+from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError  # noqa: E402
 from nitro_rt.manifest import Graph, TensorSpec  # noqa: E402
 
 _DTYPES = {
@@ -42,7 +42,7 @@ class TensorRtRtxBackend:
         """Args: capabilities: compute capability by target name; one plan serves them all."""
         if not polygraphy_config.USE_TENSORRT_RTX:
             raise BackendUnavailable(
-                "this process loaded polygraphy for TensorRT, and it cannot serve both; build for tensorrt-rtx in a fresh process"
+                "this process loaded polygraphy for TensorRT, and it cannot serve both; build in a fresh process"
             )
         self._capabilities = capabilities
 
@@ -59,15 +59,16 @@ class TensorRtRtxBackend:
             "compute_capabilities": " ".join(f"{major}.{minor}" for major, minor in self._capabilities.values()),
         }
 
-    def options(self, precision: str) -> dict[str, str]:
+    def options(self, graph_dtype: str) -> dict[str, str]:
         return {}
 
-    def compute_dtype(self, precision: str) -> str:
-        if precision == "fp32" and "sm75" in self._capabilities:
-            raise BuildError(
-                "TensorRT-RTX cannot multiply fp32 matrices on sm75 (Turing); say --precision fp16 or leave sm75 out"
+    def compute_dtype(self, graph_dtype: str) -> str:
+        if graph_dtype == "float32" and "sm75" in self._capabilities:
+            raise ConfigError(
+                "TensorRT-RTX cannot multiply float32 matrices on sm75 (Turing); say --precision fp16 "
+                "(and use a VAE made for float16), or leave sm75 out"
             )
-        return "float16" if precision == "fp16" else "float32"
+        return graph_dtype
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
         plan = work / "engine.plan"
