@@ -79,8 +79,7 @@ def _gpus(cuda: ctypes.CDLL) -> tuple[Gpu, ...]:
 
 def built_targets(bundle: Bundle) -> tuple[str, ...]:
     """The GPUs that a device bundle was built for: sm86, sm89, ..."""
-    recorded = bundle.manifest.target.get("targets", "")
-    return tuple(target.strip() for target in recorded.split(",") if target.strip())
+    return tuple(bundle.manifest.target.get("targets", "").split())
 
 
 def refuse(bundle: Bundle) -> NitroError:

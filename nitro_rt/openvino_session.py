@@ -23,7 +23,9 @@ class OpenVinoSession:
         self._stage, self._engine = stage, engine
         try:
             core = openvino.Core()
-            model = core.read_model(paths[0], paths[1]) if len(paths) > 1 else core.read_model(paths[0])
+            # A graph without weights has an empty file beside it, which OpenVINO would refuse.
+            weights = [path for path in paths[1:] if path.stat().st_size]
+            model = core.read_model(paths[0], *weights)
             compiled = core.compile_model(model, DEVICE, dict(engine.options))
             hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except RuntimeError as exc:

@@ -77,7 +77,10 @@ def _make_bundle(
     denoise_inputs = (latents, embeds, pooled, step_index, replace(latents, name="noise"))
     next_latents = replace(latents, name="next_latents")
 
-    def compiled(kind: str, inputs: tuple[m.TensorSpec, ...], outputs: tuple[m.TensorSpec, ...], schedule: Any = None) -> m.Engine:
+    def compiled(
+        kind: str, inputs: tuple[m.TensorSpec, ...], outputs: tuple[m.TensorSpec, ...], schedule: Any = None
+    ) -> m.Engine:
+        """One stage as the backend's files."""
         write = {"onnxruntime": _onnx_engine, "openvino": _openvino_engine}.get(backend, _json_engine)
         return engine(files=write(files, kind, inputs, outputs, schedule), inputs=inputs, outputs=outputs)
 

@@ -1,0 +1,91 @@
+"""`nitro-rt build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nitro_rt.cli.output import json_option, needs_extra, print_json, progress
+
+if TYPE_CHECKING:
+    from nitro_engines import BuildResult
+
+
+def parse_counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """1,2,4 -> (1, 2, 4)."""
+    try:
+        return None if value is None else tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a comma list of whole numbers such as 1,2,4") from None
+
+
+def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """sm86,sm89 -> ("sm86", "sm89")."""
+    if value is None:
+        return None
+    names = tuple(part.strip() for part in value.split(","))
+    if not all(names):
+        raise click.BadParameter(f"{value!r} is not a comma list of names such as sm86,sm89")
+    return names
+
+
+# The defaults are nitro_engines.BuildRequest's, which this module must not import to show its help: an option that is not
+# given is not passed on, and a test compares the defaults shown here with the request's.
+@click.command(name="build")
+@click.option("--steps", callback=parse_counts, show_default="1", metavar="N[,N...]", help="Step counts to build, each 1 to 4.")
+@click.option(
+    "--model",
+    metavar="NAME|PATH|HUB_ID",
+    show_default="nitro-emoji",
+    help="nitro-emoji, nitrosd-realism, nitrosd-vibrant, a checkpoint folder, or a hub id that is cached here.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
+    show_default="fp32",
+    help="Number type of the graphs.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["openvino", "onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    show_default="openvino",
+    help="What runs the engines.",
+)
+@click.option("--target", "targets", callback=parse_names, metavar="SM[,SM...]", help="GPUs to build for: sm86,sm89,sm120.")
+@click.option("--size", "size_px", type=int, metavar="PIXELS", help="Edge of the image; the model's own if not given.")
+@click.option("--batch", type=int, show_default="1", help="Largest number of images per call.")
+@click.option("--shift", type=int, help="Timestep shift, 1 to 1000; the checkpoint's own if not given.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's folder.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--explain", is_flag=True, help="Say which field of the engine key differs from the nearest build before.")
+@json_option
+def command(*, dry_run: bool, explain: bool, as_json: bool, **options: Any) -> None:
+    """Build an engine bundle from a checkpoint.
+
+    Steps that are cached are not done again; the bundle appears whole or not at all.
+    """
+    with needs_extra("cpu,export"):
+        import nitro_engines
+
+        request = nitro_engines.BuildRequest(**{name: value for name, value in options.items() if value is not None})
+        if dry_run or explain:
+            plan = nitro_engines.plan(request)
+            if as_json and dry_run:
+                print_json(plan.as_dict())
+            else:
+                click.echo("\n".join(plan.lines(explain=explain)), err=as_json)
+        if dry_run:
+            return
+        with progress("building") as report:
+            result = nitro_engines.build(request, report)
+    _print_result(result, as_json)
+
+
+def _print_result(result: BuildResult, as_json: bool) -> None:
+    if as_json:
+        facts = {"stages": result.stages, "seconds": result.seconds, "published": result.published}
+        print_json({"out": result.out, "name": result.manifest.name, "engine_key": result.manifest.engine_key} | facts)
+    else:
+        click.echo(result.out)
