@@ -23,10 +23,14 @@ def load_nitro_rt(request: dict[str, Any]) -> tuple[dict[str, Any], Draw]:
     import_ms = 1e3 * (time.perf_counter() - start_s)
     from nitro_rt import Pipeline
 
-    facts = {"import_ms": import_ms, "import_pipeline_ms": 1e3 * (time.perf_counter() - start_s)}
+    facts: dict[str, Any] = {"import_ms": import_ms, "import_pipeline_ms": 1e3 * (time.perf_counter() - start_s)}
     pipe = Pipeline.load(request["bundle"])
     facts |= {"version": metadata.version("nitro-rt")}
-    return facts, lambda: pipe(request["prompt"], seed=request["seed"], steps=request["steps"]).images[0]
+
+    def draw() -> Any:
+        return pipe(request["prompt"], seed=request["seed"], steps=request["steps"]).images[0]
+
+    return facts, draw
 
 
 def load_diffusers(request: dict[str, Any]) -> tuple[dict[str, Any], Draw]:
@@ -36,7 +40,7 @@ def load_diffusers(request: dict[str, Any]) -> tuple[dict[str, Any], Draw]:
     import_ms = 1e3 * (time.perf_counter() - start_s)
     from diffusers import StableDiffusionXLPipeline
 
-    facts = {"import_ms": import_ms, "import_pipeline_ms": 1e3 * (time.perf_counter() - start_s)}
+    facts: dict[str, Any] = {"import_ms": import_ms, "import_pipeline_ms": 1e3 * (time.perf_counter() - start_s)}
     import torch
 
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(request["checkpoint"], dtype=torch.float32, add_watermarker=False)
