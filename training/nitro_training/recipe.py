@@ -1,0 +1,102 @@
+"""A training recipe: one TOML file, checked; unknown keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nitro_rt.errors import ConfigError, ModelNotFound
+from nitro_training.autoencoder import AutoencoderConfig, DecoderConfig
+from nitro_training.emoji import EmojiConfig
+from nitro_training.model import ModelConfig
+from nitro_training.pool import PoolConfig
+from nitro_training.student import StudentConfig
+from nitro_training.teacher import TeacherConfig
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the run is called, and where its data lie."""
+
+    name: str
+    licence: str
+    data: str
+    """The data set's folder; relative to the working folder."""
+    concepts: str
+    """The concept list; relative to the recipe."""
+    vocabulary: str
+    """open_clip's vocabulary (wheel or .txt.gz); relative to the working folder."""
+    num_merges: int = 3000
+    """How many of its merges the tokenizer keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    version: int
+    run: RunConfig
+    emoji: EmojiConfig = field(default_factory=EmojiConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+    def __post_init__(self) -> None:
+        if self.version != RECIPE_VERSION:
+            raise ConfigError(f"the recipe has version {self.version}, this nitro-rt reads {RECIPE_VERSION}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Raises: ModelNotFound if there is no such file, ConfigError naming the key that is wrong."""
+    if not path.is_file():
+        raise ModelNotFound(f"no recipe at {path}; the project's own are in training/recipes")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    recipe = _read(Recipe, data, path.name)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(typing.cast(type[Any], kind), value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list, found {value!r}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ConfigError(f"{where} needs {len(arguments)} values, found {len(value)}")
+        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is types.UnionType:
+        return _read(arguments[0], value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be of type {kind.__name__}, found {value!r}")
+    return value
+
+
+def _read_dataclass(kind: type[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must be a table, found {value!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown option {key!r}; available: {', '.join(fields)}")
+    for key, f in fields.items():
+        if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: the option {key!r} is missing")
+    return kind(**{key: _read(hints[key], item, f"{where}: {key}") for key, item in value.items()})

@@ -1,0 +1,128 @@
+"""The multi-step teacher: UNet and text encoders trained together to predict noise, with caption dropout for guidance."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nitro_rt.schedule import alphas_cumprod_from_config
+from nitro_training.checkpoint import RunState
+from nitro_training.latents import CaptionedLatents
+from nitro_training.loop import Losses, learning_rate, set_learning_rate
+from nitro_training.model import TextEncoders, predict_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Training of the teacher."""
+
+    num_steps: int = 6000
+    batch: int = 32
+    peak_lr: float = 8e-4
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    caption_dropout: float = 0.2
+    """Share of samples that see the null condition (zeros)."""
+    snr_clip: float = 5.0
+    """Min-SNR weighting (Hang et al. 2023, arXiv:2303.09556)."""
+    ema_decay: float = 0.998
+    recoloured_share: float = 0.4
+    """Share of draws that are hue-shifted copies."""
+    seed: int = 31
+
+
+def alphas_cumprod() -> Tensor:
+    """abar of SDXL's noise schedule, [1000] float32."""
+    return torch.from_numpy(alphas_cumprod_from_config({}))
+
+
+class TeacherStage:
+    name = "teacher"
+
+    def __init__(self, config: TeacherConfig, unet: UNet2DConditionModel, text: TextEncoders, data: CaptionedLatents) -> None:
+        self.config, self.text, self.data = config, text, data
+        self.num_steps, self.seed = config.num_steps, config.seed
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained: dict[str, nn.Module] = {"unet": self.unet, **text.modules()}
+        self.ema = {f"{name}_ema": copy.deepcopy(module).requires_grad_(False) for name, module in self.trained.items()}
+        self.parameters = [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.peak_lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+        self.abar = alphas_cumprod()
+
+    def state(self) -> RunState:
+        return RunState(modules={**self.trained, **self.ema}, optimizers={"teacher": self.optimizer})
+
+    def step(self, step: int, generator: torch.Generator) -> Losses:
+        config = self.config
+        rate = learning_rate(step, peak=config.peak_lr, num_steps=config.num_steps, warmup_steps=config.warmup_steps)
+        set_learning_rate(self.optimizer, rate)
+        latents, rows = self.data.draw(config.batch, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        times = torch.randint(0, 1000, (config.batch,), generator=generator)
+        kept = torch.rand(config.batch, generator=generator) >= config.caption_dropout
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds, pooled = self.text.encode(self.data.input_ids_MT[rows])
+            embeds, pooled = embeds * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
+            predicted = predict_noise(self.unet, add_noise(latents, noise, times, self.abar), times, embeds, pooled)
+        errors = functional.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        loss = (min_snr_weight(times, self.abar, config.snr_clip) * errors).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        update_ema(self.ema, self.trained, min(config.ema_decay, (1 + step) / (10 + step)))
+        return {"loss": loss.item(), "mse": errors.mean().item()}
+
+
+def add_noise(x0_B4hw: Tensor, noise_B4hw: Tensor, times_B: Tensor, abar_T: Tensor) -> Tensor:
+    """sqrt(abar) x0 + sqrt(1 - abar) noise, at each sample's time."""
+    abar = abar_T[times_B].view(-1, 1, 1, 1)
+    return abar.sqrt() * x0_B4hw + (1 - abar).sqrt() * noise_B4hw
+
+
+def min_snr_weight(times_B: Tensor, abar_T: Tensor, clip: float) -> Tensor:
+    """min(SNR, clip) / SNR, [B]: the weight of a noise-prediction loss (arXiv:2303.09556, eq. 6 for epsilon)."""
+    abar = abar_T[times_B]
+    snr = abar / (1 - abar)
+    return snr.clamp(max=clip) / snr
+
+
+@torch.no_grad()
+def update_ema(averages: dict[str, nn.Module], trained: dict[str, nn.Module], decay: float) -> None:
+    """Move every average towards its module: average = decay * average + (1 - decay) * module."""
+    for name, module in trained.items():
+        average = list(averages[f"{name}_ema"].parameters())
+        torch._foreach_lerp_(average, list(module.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module, embeds_BTC: Tensor, pooled_BP: Tensor, noise_B4hw: Tensor, *, num_steps: int, guidance: float
+) -> Tensor:
+    """x0 [B, 4, h, w] by DPM-Solver++ (2M) with classifier-free guidance; deterministic in its arguments.
+
+    Args:
+        noise_B4hw: x_T, standard normal.
+        guidance: weight of the conditional direction; 1 means none.
+    """
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(num_steps)
+    embeds = torch.cat([embeds_BTC, torch.zeros_like(embeds_BTC)])
+    pooled = torch.cat([pooled_BP, torch.zeros_like(pooled_BP)])
+    x = noise_B4hw
+    for time in scheduler.timesteps:
+        doubled = torch.cat([x, x])
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = predict_noise(unet, doubled, time.expand(len(doubled)), embeds, pooled)
+        conditional, null = prediction.chunk(2)
+        x = scheduler.step(null + guidance * (conditional - null), time, x, return_dict=False)[0]
+    return x
