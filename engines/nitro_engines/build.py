@@ -78,5 +78,5 @@ def _export(prepared: Preparation, out: Path, report: Report) -> None:
             name=prepared.source.name,
             origin=prepared.source.origin,
             licence=prepared.source.licence,
-            report=report,
+            report=lambda line: report(line.replace(str(out), "the cache")),  # where it is written is no place to look
         )

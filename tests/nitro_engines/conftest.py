@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, C embedding width, P pooled width, h w latents, N ste
 from __future__ import annotations
 
 import hashlib
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,40 @@ from nitro_rt.schedule import alphas_cumprod_from_config, step_schedule
 
 NUM_TOKENS, WIDTH, POOLED, VOCABULARY = 8, 64, 32, 128
 MakeGraphs = Callable[..., Path]
+GRAPHS = ("text", "denoise/1", "decode")
+
+
+class CopyBackend:
+    """A backend that needs no library: the engine is a copy of the graph. It counts its work in a file if told to."""
+
+    name = "copy"
+
+    def __init__(self, log: Path | None = None, seconds: float = 0.0) -> None:
+        self.compiled: list[str] = []
+        self.version, self.features = "1", "none"
+        self._log, self._seconds = log, seconds
+
+    def toolchain(self) -> dict[str, str]:
+        return {"copy": self.version}
+
+    def target(self) -> dict[str, str]:
+        return {"device": "cpu", "features": self.features}
+
+    def options(self, graph_dtype: str) -> dict[str, str]:
+        return {"type": graph_dtype}
+
+    def compute_dtype(self, graph_dtype: str) -> str:
+        return graph_dtype
+
+    def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+        time.sleep(self._seconds)
+        self.compiled.append(onnx_path.stem)
+        if self._log:
+            with self._log.open("a") as log:
+                log.write(onnx_path.stem + "\n")
+        engine = work / "engine.copy"
+        engine.write_bytes(onnx_path.read_bytes())
+        return [engine]
 
 
 @pytest.fixture
@@ -46,6 +82,52 @@ def make_graphs(tmp_path: Path) -> MakeGraphs:
         return write_graphs(tmp_path / name, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def backend() -> CopyBackend:
+    return CopyBackend()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint as far as anything but an export reads it: true configs, weights of a few bytes."""
+    return write_checkpoint(tmp_path / "little")
+
+
+def write_checkpoint(folder: Path) -> Path:
+    text = {"hidden_size": 8, "projection_dim": 8, "max_position_embeddings": 77, "vocab_size": 4}
+    unet = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": 8,
+        "block_out_channels": [8, 8, 8],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 2,
+        "cross_attention_dim": 16,
+        "projection_class_embeddings_input_dim": 20,
+    }
+    parts = {
+        "text_encoder": ("transformers", "CLIPTextModel", text, "model"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", text, "model"),
+        "unet": ("diffusers", "UNet2DConditionModel", unet, "diffusion_pytorch_model"),
+        "vae": ("diffusers", "AutoencoderKL", {"block_out_channels": [8, 8, 8, 8]}, "diffusion_pytorch_model"),
+    }
+    index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "LCMScheduler"]}
+    for part, (library, kind, config, stem) in parts.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        (folder / part / f"{stem}.safetensors").write_bytes(part.encode())
+        index[part] = [library, kind]
+    for part in ("tokenizer", "tokenizer_2"):
+        (folder / part).mkdir()
+        (folder / part / "tokenizer.json").write_text("{}")
+        index[part] = ["transformers", "CLIPTokenizer"]
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "run.json").write_text(json.dumps({"name": "little", "licence": "CC0-1.0", "shifted_timestep": 500}))
+    return folder
 
 
 def write_graphs(
