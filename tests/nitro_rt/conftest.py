@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,15 +28,25 @@ class MakeBundle(Protocol):
 
 
 @pytest.fixture(scope="session")
-def make_bundle() -> MakeBundle:
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
     """A function that writes a bundle: (folder, backend=, steps=, batch=, size_px=, shift=, compute_dtype=)."""
-    return _make_bundle
+    made: dict[str, Path] = {}
+
+    def make(folder: Path, **options: Any) -> Path:
+        # Equal bundles are compiled once and copied.
+        name = repr(sorted(options.items()))
+        if name not in made:
+            made[name] = _make_bundle(tmp_path_factory.mktemp("made") / "bundle", **options)
+        shutil.copytree(made[name], folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture
-def bundle_folder(tmp_path: Path) -> Path:
+def bundle_folder(tmp_path: Path, make_bundle: MakeBundle) -> Path:
     """A reference bundle for 1 and 2 steps, batch 2, 32 pixels."""
-    return _make_bundle(tmp_path / "bundle")
+    return make_bundle(tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -109,8 +121,6 @@ def _make_bundle(
 
 
 def _store(files: Path, content: bytes, suffix: str) -> m.FileRef:
-    import hashlib
-
     digest = hashlib.sha256(content).hexdigest()
     (files / f"{digest}{suffix}").write_bytes(content)
     return m.FileRef(path=f"files/{digest}{suffix}", sha256=digest, num_bytes=len(content))
