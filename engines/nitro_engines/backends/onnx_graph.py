@@ -13,14 +13,23 @@ from nitro_rt.manifest import Graph
 _FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 
 
+def load_structure(path: Path) -> onnx.ModelProto:
+    """The graph; weights in other files are not read. Raises: BuildError if the file is no ONNX graph."""
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as exc:  # protobuf's error, or the file system's
+        raise BuildError(f"{path.name} cannot be read as an ONNX graph: {' '.join(str(exc).split())}; export again") from exc
+
+
 def check_graph(path: Path, graph: Graph) -> None:
     """ONNX's own checker, and the built precision: a float32 graph would become a float32 engine without an error.
 
     A float16 graph may keep some constants in float32 (the schedule's arithmetic is), but not most of its weights.
     Raises: BuildError.
     """
+    model = _without_external_data(path)
     try:
-        onnx.checker.check_model(_without_external_data(path))
+        onnx.checker.check_model(model)
     except Exception as exc:  # the checker raises several unrelated types
         raise BuildError(f"{path.name} is not a valid ONNX graph: {' '.join(str(exc).split())}; export again") from exc
     num_bytes = float_weight_bytes(path)
@@ -34,7 +43,7 @@ def _without_external_data(path: Path) -> onnx.ModelProto:
 
     Given the whole, the checker refuses weights with more than one hard link, which is how the cache stores them.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    model = load_structure(path)
     external = [tensor for tensor in model.graph.initializer if tensor.external_data]
     for tensor in external:
         model.graph.initializer.remove(tensor)
@@ -45,7 +54,7 @@ def _without_external_data(path: Path) -> onnx.ModelProto:
 def float_weight_bytes(path: Path) -> dict[str, int]:
     """Bytes of the floating-point initializers, by NumPy's dtype name; external data is not read."""
     counts: dict[str, int] = {}
-    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+    for tensor in load_structure(path).graph.initializer:
         dtype = _FLOATS.get(tensor.data_type)
         if dtype:
             width = 4 if dtype == "float32" else 2
@@ -55,5 +64,5 @@ def float_weight_bytes(path: Path) -> dict[str, int]:
 
 def external_files(path: Path) -> set[str]:
     """Names of the files that the graph keeps weights in, as they stand inside it."""
-    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    tensors = load_structure(path).graph.initializer
     return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nitro_engines.backends.base import check_bindings, version
+from nitro_engines.files import storage_errors
+from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
+from nitro_rt.manifest import Graph, TensorSpec
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 # polygraphy reads this once, when it is imported: a process has either TensorRT or TensorRT-RTX.
-os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-
-import tensorrt_rtx as trt  # noqa: E402
-from polygraphy import config as polygraphy_config  # noqa: E402
-from polygraphy.backend.tensorrt_rtx import CreateConfigRTX  # noqa: E402
-from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath  # noqa: E402
-from polygraphy.logger import G_LOGGER  # noqa: E402
-
-from nitro_engines.backends.base import check_bindings, version  # noqa: E402
-from nitro_engines.files import storage_errors  # noqa: E402
-from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError  # noqa: E402
-from nitro_rt.manifest import Graph, TensorSpec  # noqa: E402
+with _environment("POLYGRAPHY_USE_TENSORRT_RTX", "1"):
+    import tensorrt_rtx as trt
+    from polygraphy import config as polygraphy_config
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.logger import G_LOGGER
 
 _DTYPES = {
     trt.float32: "float32",
@@ -97,7 +111,7 @@ def _specs(count: int, tensor_at: Any) -> list[TensorSpec]:
 
 @contextmanager
 def _messages() -> Iterator[list[str]]:
-    """The errors that TensorRT logs while it works; they go nowhere else. polygraphy's logger is put back afterwards."""
+    """The errors that TensorRT logs while it works; they go nowhere else. What is changed for that is put back."""
     collected: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: collected.append(" ".join(record.getMessage().split()))  # type: ignore[method-assign]
@@ -106,7 +120,8 @@ def _messages() -> Iterator[list[str]]:
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        with G_LOGGER.verbosity(G_LOGGER.ERROR), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # polygraphy calls what TensorRT-RTX deprecates
             G_LOGGER.use_python_logging_system = True
             yield collected
     finally:

@@ -1,0 +1,157 @@
+"""OpenVINO and ONNX Runtime: what is built computes what the graph says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+
+from nitro_engines.backends import load_backend
+from nitro_engines.bundle import build_bundle, graphs_of, read_graphs
+from nitro_engines.cache import EngineCache
+from nitro_rt.errors import BuildError
+from nitro_rt.manifest import Engine, TensorSpec, resolve
+
+MakeGraphs = Callable[..., Path]
+TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference relative to the largest value; float16 keeps 11 bits, bfloat16 8, over sums of some hundred products."""
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_engines_compute_what_the_graphs_do(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path, backend: str, precision: str, external: bool
+) -> None:
+    graphs, out = make_graphs(steps=(1, 2), precision=precision, external=external), tmp_path / "bundle"
+    manifest = build_bundle(graphs, out, backend=backend, cache=cache)
+    engines = {"text": manifest.text, "decode": manifest.decode} | {f"denoise/{n}": e for n, e in manifest.denoise.items()}
+    for stage, graph in graphs_of(read_graphs(graphs)):
+        engine = engines[stage]
+        inputs = {spec.name: _example(spec) for spec in graph.inputs}
+        expected = _run_onnxruntime([resolve(graphs, graph.files[0])], inputs)
+        found = (_run_openvino if backend == "openvino" else _run_onnxruntime)(
+            [resolve(out, reference) for reference in engine.files], inputs, engine
+        )
+        for name, reference in expected.items():
+            tolerance = TOLERANCES[engine.compute_dtype if precision == "fp16" else "float32"]
+            if precision == "fp16":
+                tolerance = max(tolerance, TOLERANCES["float16"])  # the reference computes in either
+            scale = max(1.0, float(np.abs(reference.astype(np.float32)).max()))
+            difference = np.abs(found[name].astype(np.float32) - reference.astype(np.float32)).max() / scale
+            assert found[name].dtype == reference.dtype
+            assert difference <= (tolerance if reference.dtype != np.uint8 else max(tolerance, 1.01 / 255)), (stage, name)
+
+
+def test_openvino_saves_the_pair_and_never_computes_fp32_in_less(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path
+) -> None:
+    manifest = build_bundle(make_graphs(), tmp_path / "bundle", backend="openvino", cache=cache)
+    for engine in (manifest.text, *manifest.denoise.values(), manifest.decode):
+        assert [Path(reference.path).suffix for reference in engine.files] == [".xml", ".bin"]
+        assert engine.options == {"INFERENCE_PRECISION_HINT": "f32"} and engine.compute_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("native", "dtype", "hint"),
+    [(["FP32", "BF16"], "bfloat16", "bf16"), (["FP32", "FP16"], "float16", "f16"), (["FP32"], "float32", "f32")],
+)
+def test_openvino_computes_fp16_graphs_in_the_cpus_own_type(
+    monkeypatch: pytest.MonkeyPatch, native: list[str], dtype: str, hint: str
+) -> None:
+    backend = load_backend("openvino")
+    monkeypatch.setattr(backend, "_core", type("Core", (), {"get_property": lambda *_: native})())
+    assert backend.compute_dtype("float16") == dtype and backend.options("float16") == {"INFERENCE_PRECISION_HINT": hint}
+    assert backend.compute_dtype("float32") == "float32" and backend.options("float32") == {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def test_openvino_takes_the_hint_that_the_manifest_records(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    engine = build_bundle(make_graphs(precision="fp16"), out, backend="openvino", cache=cache).decode
+    core = openvino.Core()
+    model = core.read_model(*(resolve(out, reference) for reference in engine.files))
+    compiled = core.compile_model(model, "CPU", dict(engine.options))
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    assert {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[taken] == engine.compute_dtype
+
+
+def test_onnxruntime_shares_the_denoisers_weights(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    graphs = make_graphs(steps=(1, 2, 4), external=True)
+    manifest = build_bundle(graphs, tmp_path / "bundle", backend="onnxruntime", cache=cache)
+    assert len({engine.files[0] for engine in manifest.denoise.values()}) == 3
+    (weights,) = {engine.files[1] for engine in manifest.denoise.values()}
+    assert weights.num_bytes > 4 * manifest.denoise[1].files[0].num_bytes
+
+
+def test_onnxruntime_refuses_weights_without_a_content_name(make_graphs: MakeGraphs, tmp_path: Path) -> None:
+    graphs = make_graphs()
+    manifest = read_graphs(graphs)
+    onnx.save_model(
+        onnx.load(str(graphs / "decode.onnx")),
+        str(graphs / "decode.onnx"),
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=16,
+    )
+    with pytest.raises(BuildError, match="keeps weights in 'weights', which is no content name"):
+        load_backend("onnxruntime").compile(graphs / "decode.onnx", manifest.decode, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_graph_that_is_none_is_refused(make_graphs: MakeGraphs, tmp_path: Path, backend: str) -> None:
+    graphs = make_graphs()
+    manifest = read_graphs(graphs)
+    (graphs / "text.onnx").write_bytes(b"no graph")
+    with pytest.raises(BuildError, match="text.onnx (cannot be read as an ONNX graph|as OpenVINO IR failed)"):
+        load_backend(backend).compile(graphs / "text.onnx", manifest.text, tmp_path)
+
+
+def test_cut_weights_are_noticed_by_openvino(make_graphs: MakeGraphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk cuts the .bin without an error from the library."""
+    graphs, save = make_graphs(), openvino.save_model
+
+    def cut(model: Any, path: str, **options: Any) -> None:
+        save(model, path, **options)
+        weights = Path(path).with_suffix(".bin")
+        weights.write_bytes(weights.read_bytes()[:100])
+
+    monkeypatch.setattr(openvino, "save_model", cut)
+    with pytest.raises(BuildError, match="saving text.onnx as OpenVINO IR failed"):
+        load_backend("openvino").compile(graphs / "text.onnx", read_graphs(graphs).text, tmp_path)
+
+
+def _example(spec: TensorSpec) -> np.ndarray:
+    random = np.random.default_rng(len(spec.name))
+    if spec.name == "step_index":
+        return np.array([0], np.int64)
+    if spec.dtype == "int64":
+        return random.integers(0, 100, spec.shape, np.int64)
+    return random.standard_normal(spec.shape).astype(spec.dtype)
+
+
+def _run_onnxruntime(paths: list[Path], inputs: dict[str, np.ndarray], engine: Engine | None = None) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(str(paths[0]), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _run_openvino(paths: list[Path], inputs: dict[str, np.ndarray], engine: Engine) -> dict[str, np.ndarray]:
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(*paths), "CPU", dict(engine.options))
+    outputs = compiled(inputs)
+    return {port.get_any_name(): np.array(outputs[port]) for port in compiled.outputs}
+
+
+def test_graphs_may_be_moved(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    """Nothing of the graphs folder's place is in the key."""
+    graphs = make_graphs(external=True)
+    shutil.copytree(graphs, tmp_path / "copy")
+    first = build_bundle(graphs, tmp_path / "a", backend="onnxruntime", cache=cache)
+    assert build_bundle(tmp_path / "copy", tmp_path / "b", backend="onnxruntime", cache=cache) == first

@@ -1,0 +1,104 @@
+"""TensorRT-RTX's real parser and compiler, which need no GPU. What a plan computes is seen on a GPU only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from nitro_engines.backends.rtx_targets import CAPABILITIES, capabilities
+from nitro_engines.bundle import build_bundle, read_graphs
+from nitro_engines.cache import EngineCache
+from nitro_rt.bundle import open_bundle
+from nitro_rt.errors import BuildError, ConfigError
+
+MakeGraphs = Callable[..., Path]
+
+
+def test_targets_are_ordered_and_named() -> None:
+    assert capabilities(("sm120", "sm86")) == {"sm86": (8, 6), "sm120": (12, 0)}
+    with pytest.raises(ConfigError, match="sm90 is not one .* available: sm75, sm80, sm86, sm89, sm120, sm121"):
+        capabilities(("sm86", "sm90"))
+    with pytest.raises(ConfigError, match="needs the GPUs to build for"):
+        capabilities(())
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_one_plan_for_three_targets(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path, precision: str, external: bool
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    graphs, out = make_graphs(steps=(1, 2), precision=precision, external=external), tmp_path / "bundle"
+    manifest = build_bundle(graphs, out, backend="tensorrt-rtx", targets=("sm120", "sm86", "sm89"), cache=cache)
+    open_bundle(out).verify()
+    assert manifest.target == {
+        "device": "cuda",
+        "targets": "sm86 sm89 sm120",
+        "compute_capabilities": "8.6 8.9 12.0",
+    }
+    assert manifest.toolchain["tensorrt-rtx"].startswith("1.") and "polygraphy" in manifest.toolchain
+    for engine in (manifest.text, *manifest.denoise.values(), manifest.decode):
+        assert [Path(reference.path).suffix for reference in engine.files] == [".plan"]
+        assert engine.compute_dtype == ("float32" if precision == "fp32" else "float16")
+        assert engine.files[0].num_bytes > 10_000
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("target", CAPABILITIES)
+def test_every_target_compiles_fp16(make_graphs: MakeGraphs, tmp_path: Path, target: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from nitro_engines.backends import load_backend
+
+    graphs = make_graphs(precision="fp16")
+    manifest = read_graphs(graphs)
+    (plan,) = load_backend("tensorrt-rtx", (target,)).compile(graphs / "decode.onnx", manifest.decode, tmp_path)
+    assert plan.stat().st_size > 10_000
+
+
+@pytest.mark.trt
+def test_turing_cannot_take_fp32(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    with pytest.raises(ConfigError, match="sm75 .Turing.; say --precision fp16"):
+        build_bundle(make_graphs(), tmp_path / "bundle", backend="tensorrt-rtx", targets=("sm75",), cache=cache)
+
+
+@pytest.mark.trt
+def test_the_parsers_own_words_are_in_the_error(
+    make_graphs: MakeGraphs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from nitro_engines.backends import load_backend
+
+    graphs = make_graphs()
+    model = onnx.load(str(graphs / "decode.onnx"))
+    next(node for node in model.graph.node if node.op_type == "Round").op_type = "NoSuchOperator"
+    onnx.save_model(model, str(graphs / "decode.onnx"))
+    with pytest.raises(BuildError, match="refused decode.onnx for sm89: .*NoSuchOperator"):
+        load_backend("tensorrt-rtx", ("sm89",)).compile(graphs / "decode.onnx", read_graphs_unchecked(graphs), tmp_path)
+    assert "NoSuchOperator" not in "".join(capfd.readouterr())
+
+
+def read_graphs_unchecked(graphs: Path):  # noqa: ANN201
+    from nitro_rt.manifest import GraphsManifest, from_json
+
+    return from_json(GraphsManifest, (graphs / "export.json").read_text(), where="export.json").decode
+
+
+@pytest.mark.trt
+def test_a_process_that_loaded_polygraphy_for_tensorrt_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    code = (
+        "import polygraphy.config\n"
+        "from nitro_engines.backends import load_backend\n"
+        "from nitro_rt.errors import BackendUnavailable\n"
+        "try:\n    load_backend('tensorrt-rtx', ('sm89',))\n"
+        "except BackendUnavailable as exc:\n    print(exc)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "build in a fresh process" in found.stdout

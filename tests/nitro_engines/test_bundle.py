@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nitro_engines.bundle import build_bundle, bundle_from_graphs
+from nitro_engines.cache import EngineCache
+from nitro_engines.files import source_sha256
+from nitro_engines.keys import key_of
+from nitro_rt.bundle import open_bundle
+from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, ConfigError, ModelNotFound
+
+MakeGraphs = Callable[..., Path]
+CHILD = Path(__file__).parent / "build_child.py"
+
+
+def child(graphs: Path, out: Path, cache: EngineCache, backend: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(CHILD), str(graphs), str(out), str(cache.root), backend, *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def nothing_left(out: Path, cache: EngineCache) -> bool:
+    hidden = [path for path in out.parent.iterdir() if ".nitro-" in path.name]
+    return not hidden and not list((cache.root / "work").iterdir())
+
+
+def test_a_bundle_and_its_manifest(make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path) -> None:
+    graphs, lines = make_graphs(steps=(1, 2, 4), batch=2), []
+    result = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache, lines.append)
+    manifest = result.manifest
+    bundle = open_bundle(tmp_path / "bundle")
+    bundle.verify()
+    assert bundle.manifest == manifest and result.published
+    assert result.stages == dict.fromkeys(("text", "denoise/1", "denoise/2", "denoise/4", "decode"), "built")
+    assert (manifest.name, manifest.sizes_px, manifest.batch) == ("hand-made-1-2-4step", (32,), 2)
+    assert manifest.engine_key == key_of(manifest.engine_key_fields)
+    assert manifest.toolchain["copy"] == "1" and "onnx" in manifest.toolchain
+    assert any("built in" in line for line in lines) and "published" in lines[-1]
+
+
+def test_the_memory_plan_is_what_is_there(make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path) -> None:
+    manifest = bundle_from_graphs(make_graphs(batch=2), tmp_path / "bundle", backend, cache).manifest
+    files = {path.name: path.stat().st_size for path in (tmp_path / "bundle" / "files").iterdir()}
+    assert manifest.memory_plan.disk_bytes == sum(files.values())
+    engines = (manifest.text, manifest.denoise[1], manifest.decode)
+    assert manifest.memory_plan.weight_bytes == sum(engine.files[0].num_bytes for engine in engines)
+    latents, tokens, words, pooled, image = 2 * 4 * 4 * 4 * 4, 2 * 8 * 8, 2 * 8 * 64 * 4, 2 * 32 * 4, 2 * 32 * 32 * 3
+    assert manifest.memory_plan.io_bytes == 3 * latents + 2 * tokens + words + pooled + image + math.prod((1,)) * 8
+
+
+def test_the_second_build_does_nothing(make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path) -> None:
+    graphs = make_graphs()
+    first = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache)
+    second = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache)
+    assert len(backend.compiled) == 3
+    assert set(second.stages.values()) == {"cached"} and not second.published
+    assert second.manifest == first.manifest
+
+
+@pytest.mark.parametrize(
+    ("options", "rebuilt"),
+    [
+        ({"steps": (1, 2)}, {"denoise-2"}),
+        ({"shift": 250}, {"denoise-1"}),
+        ({"batch": 2}, {"text", "denoise-1", "decode"}),
+        ({"size_px": 64}, {"denoise-1", "decode"}),
+        ({"precision": "fp16"}, {"text", "denoise-1", "decode"}),
+        ({"seed": 7}, {"text", "denoise-1", "decode"}),
+    ],
+)
+def test_what_changes_is_built_and_nothing_else(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path, options: dict[str, Any], rebuilt: set[str]
+) -> None:
+    first = bundle_from_graphs(make_graphs("first"), tmp_path / "a", backend, cache).manifest
+    backend.compiled.clear()
+    second = bundle_from_graphs(make_graphs("second", **options), tmp_path / "b", backend, cache).manifest
+    assert set(backend.compiled) == rebuilt
+    assert first.engine_key != second.engine_key
+
+
+@pytest.mark.parametrize("attribute", ["version", "features"])
+def test_another_toolchain_or_machine_builds_again(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path, attribute: str
+) -> None:
+    graphs = make_graphs()
+    bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache)
+    setattr(backend, attribute, "another")
+    result = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache)
+    assert set(result.stages.values()) == {"built"}
+    assert open_bundle(tmp_path / "bundle").manifest == result.manifest  # the older bundle was replaced
+
+
+def test_the_backends_code_is_part_of_the_key(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    before = source_sha256(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    assert source_sha256(tmp_path) != before
+
+
+def test_a_damaged_cache_is_noticed_and_the_bundle_is_whole(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path
+) -> None:
+    graphs, lines = make_graphs(), []
+    manifest = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache).manifest
+    cache.path(manifest.decode.files[0]).write_bytes(b"damaged")  # by its hard link, in the bundle too
+    result = bundle_from_graphs(graphs, tmp_path / "bundle", backend, cache, lines.append)
+    assert result.stages == {"text": "cached", "denoise/1": "cached", "decode": "built"}
+    assert any("is damaged and is built again" in line for line in lines)
+    open_bundle(tmp_path / "bundle").verify()
+
+
+def test_two_builders_at_once_do_the_work_once(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    graphs, out, log = make_graphs(), tmp_path / "engines" / "bundle", tmp_path / "log"
+    builders = [child(graphs, out, cache, "copy", "--log", str(log), "--seconds", "0.5") for _ in range(2)]
+    for builder in builders:
+        _, errors = builder.communicate(timeout=120)
+        assert builder.returncode == 0, errors
+    assert sorted(log.read_text().split()) == ["decode", "denoise-1", "text"]
+    open_bundle(out).verify()
+    assert nothing_left(out, cache)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_killed_at_any_moment_it_is_whole_or_absent(make_graphs: MakeGraphs, backend: Any, tmp_path: Path, older: bool) -> None:
+    first, second = make_graphs("first"), make_graphs("second", seed=3)
+    rehearsal = child(second, tmp_path / "rehearsal", EngineCache(tmp_path / "rehearsal-cache"), "copy")
+    num_changes = int(rehearsal.communicate(timeout=120)[0])
+    assert num_changes > 50
+    moments = [1 + index * (num_changes - 1) // 7 for index in range(7)]
+    attempts = []
+    for moment in [*moments, num_changes - 12, num_changes - 8]:  # the last ones lie in the publication
+        out, cache = tmp_path / f"{moment}" / "bundle", EngineCache(tmp_path / f"{moment}-cache")
+        if older:
+            bundle_from_graphs(first, out, backend, cache)
+        attempts.append((out, cache, child(second, out, cache, "copy", "--kill-at", str(moment))))
+        if len(attempts) % 3 == 0:
+            for _, _, process in attempts[-3:]:
+                process.wait(timeout=120)
+    for out, cache, process in attempts:
+        process.communicate(timeout=120)
+        assert process.returncode == -9
+        if out.exists():
+            open_bundle(out).verify()
+        result = bundle_from_graphs(second, out, backend, cache)
+        assert open_bundle(out).manifest == result.manifest
+        open_bundle(out).verify()
+        assert nothing_left(out, cache)
+
+
+def test_a_library_that_cannot_write_is_said_and_nothing_is_published(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path
+) -> None:
+    """A limit on file sizes stands in for a full disk: OpenVINO's own writes fail, too."""
+    graphs, out = make_graphs(), tmp_path / "engines" / "bundle"
+    process = child(graphs, out, cache, "openvino", "--file-limit", "20000")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert output.startswith("BuildError: saving text.onnx as OpenVINO IR failed") and "MiB are free" in output
+    assert not out.exists() and nothing_left(out, cache)
+    build_bundle(graphs, out, backend="openvino", cache=cache)
+    open_bundle(out).verify()
+
+
+def test_an_interrupt_leaves_nothing_half_done(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path
+) -> None:
+    graphs, out = make_graphs(), tmp_path / "engines" / "bundle"
+    copy = backend.compile
+
+    def interrupted(onnx_path: Path, *rest: Any) -> Any:
+        if onnx_path.stem == "decode":
+            raise KeyboardInterrupt
+        return copy(onnx_path, *rest)
+
+    backend.compile = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        bundle_from_graphs(graphs, out, backend, cache)
+    assert not out.exists() and nothing_left(out, cache)
+    backend.compile = copy
+    result = bundle_from_graphs(graphs, out, backend, cache)
+    assert result.stages == {"text": "cached", "denoise/1": "cached", "decode": "built"}
+
+
+def _edit(graphs: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = graphs / "export.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def _wrong_precision(data: dict[str, Any]) -> None:
+    data["text"]["compute_dtype"] = "float16"
+
+
+def _wrong_shape(data: dict[str, Any]) -> None:
+    data["decode"]["outputs"][0]["shape"] = [1, 64, 64, 3]
+
+
+def _leaving(data: dict[str, Any]) -> None:
+    data["text"]["files"][0]["path"] = "../text.onnx"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda graphs: (graphs / "export.json").unlink(), ModelNotFound, "it has no export.json"),
+        (lambda graphs: (graphs / "export.json").write_text("{"), BundleError, "is not valid JSON"),
+        (lambda graphs: (graphs / "export.json").write_bytes(b"\xff"), BundleError, "cannot be read"),
+        (lambda graphs: (graphs / "text.onnx").unlink(), BundleError, "text.onnx is missing"),
+        (lambda graphs: (graphs / "text.onnx").write_bytes(b"cut"), BundleError, "text.onnx has 3 bytes"),
+        (
+            lambda graphs: (graphs / "tokenizer-2.json").write_text('{"tokenizer": 9}'),
+            BundleError,
+            "tokenizer-2.json has sha256",
+        ),
+        (lambda graphs: _edit(graphs, lambda data: data.update(schema_version=2)), BundleError, "schema version 2"),
+        (lambda graphs: _edit(graphs, lambda data: data.update(denoise={})), BundleError, r"graphs for \[\] steps"),
+        (lambda graphs: _edit(graphs, _leaving), BundleError, "leaves the folder"),
+        (
+            lambda graphs: _edit(graphs, _wrong_precision),
+            BuildError,
+            "text.onnx should compute in float16, but its weights are",
+        ),
+        (
+            lambda graphs: _edit(graphs, _wrong_shape),
+            BuildError,
+            r"decode.onnx: the backend sees the outputs images uint8\[1, 32",
+        ),
+    ],
+)
+def test_a_bad_graphs_folder(
+    make_graphs: MakeGraphs,
+    cache: EngineCache,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    graphs = make_graphs()
+    damage(graphs)
+    with pytest.raises(error, match=message):
+        build_bundle(graphs, tmp_path / "bundle", backend="onnxruntime", cache=cache)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "cuda"}, ConfigError, "available: openvino, onnxruntime, tensorrt-rtx"),
+        ({"backend": "tensorrt"}, BackendUnavailable, "not built yet; available: openvino"),
+        ({"backend": "openvino", "targets": ("sm89",)}, ConfigError, "--target sm89 means nothing to --backend openvino"),
+        ({"backend": "tensorrt-rtx"}, ConfigError, "needs the GPUs to build for"),
+        ({"backend": "tensorrt-rtx", "targets": ("sm90",)}, ConfigError, "available: sm75, sm80, sm86, sm89, sm120, sm121"),
+    ],
+)
+def test_bad_options(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build_bundle(make_graphs(), tmp_path / "bundle", cache=cache, **options)
