@@ -73,6 +73,7 @@ def measure(config: LeanConfig, report: Report = print) -> LeanReport:
         fails, or the images differ.
     """
     bundle = _read_bundle(config.bundle, config.steps)
+    before = machine()
     with tempfile.TemporaryDirectory(prefix="nitro-lean-") as scratch:
         folder = Path(scratch)
         report("installing the wheel into a fresh environment")
@@ -95,12 +96,12 @@ def measure(config: LeanConfig, report: Report = print) -> LeanReport:
             if round_ == 0:
                 _require_lean(samples["nitro_rt"][0]["modules"], "loads")
                 psnr = _compare(folder / "nitro_rt.png", folder / "diffusers.png", bundle.denoise[config.steps].compute_dtype)
-                report(f"the two images agree to {psnr:.1f} dB")
+                report("the two images are equal" if psnr == float("inf") else f"the two images agree to {psnr:.1f} dB")
     return LeanReport(
         command=_command(config),
         commit=commit(),
         date=time.strftime("%Y-%m-%d"),
-        machine=machine(),
+        machine=before,
         model=bundle.source.name,
         size_px=bundle.sizes_px[0],
         backend=bundle.denoise[config.steps].backend,
@@ -191,6 +192,7 @@ def _side(installed: environment.Installation, samples: list[dict[str, Any]], mo
         import_ms=_median(samples, "import_ms"),
         import_pipeline_ms=_median(samples, "import_pipeline_ms"),
         first_image_s=round(median(sample["first_image_s"] for sample in samples), 3),
+        first_image_cpu_s=round(median(sample["first_image_cpu_s"] for sample in samples), 3),
         peak_rss_mb=round(median(sample["peak_rss_bytes"] for sample in samples) / 1e6, 1),
         image_ms=round(median(value for sample in samples for value in sample["image_ms"]), 1),
         packages=installed.versions,

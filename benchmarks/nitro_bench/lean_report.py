@@ -22,6 +22,8 @@ class Side:
     """With the pipeline class, which both packages load on demand."""
     first_image_s: float
     """From before the process exists to the image in memory."""
+    first_image_cpu_s: float
+    """Processor time of the process until then, all threads; a busy machine changes it least."""
     peak_rss_mb: float
     """Until the first image."""
     image_ms: float
@@ -60,9 +62,10 @@ _ROWS = (
     ("packages", "num_packages", "{:d}"),
     ("installed MB", "installed_mb", "{:.0f}"),
     ("model MB on disk (bundle, checkpoint)", "model_mb", "{:.1f}"),
-    ("`import` of the package, ms", "import_ms", "{:.0f}"),
+    ("`import` of the package (loads on demand), ms", "import_ms", "{:.1f}"),
     ("`import` of the pipeline class, ms", "import_pipeline_ms", "{:.0f}"),
     ("process start to first image, s", "first_image_s", "{:.2f}"),
+    ("of it processor time, all threads, s", "first_image_cpu_s", "{:.2f}"),
     ("peak RSS to the first image, MB", "peak_rss_mb", "{:.0f}"),
     ("an image after the first, ms", "image_ms", "{:.1f}"),
 )
@@ -86,7 +89,7 @@ The two images {agree}. Backend: {report.backend}, computing in {report.compute_
 | | nitro-rt {ours.version} | diffusers {theirs.version} | diffusers / nitro-rt |
 |---|---|---|---|
 {chr(10).join(rows)}
-
+{_busy_note(report.machine)}
 Medians of {report.num_rounds} processes per side, in turns, after one of each that is not counted: files and bytecode are warm.
 nitro-rt: a fresh environment with the wheel of `nitro-rt[cpu]` only. diffusers: the packages that `diffusers[torch]` and
 `transformers` need (torch {theirs.packages.get("torch", "?")}), counted by their dependencies. Not in it: building the
@@ -102,4 +105,17 @@ bundle, cold files, a GPU.
 
 
 def _ratio(ours: float, theirs: float) -> str:
-    return f"{theirs / ours:.1f}" if ours else "-"
+    if not ours:
+        return "-"
+    return f"{theirs / ours:.0f}" if theirs / ours >= 100 else f"{theirs / ours:.1f}"
+
+
+def _busy_note(machine: dict[str, str]) -> str:
+    """A warning where something else had the processors: wall-clock times are then no measure of the two sides."""
+    load = float(machine["load_average"].split()[0])
+    if load < 0.5 * float(machine["cores"]):
+        return ""
+    return f"""
+**The machine was busy** (load {load:.1f} on {machine["cores"]} cores before the start): wall-clock times are too long, and by how
+much differs from round to round. Measure again on an idle machine before quoting them.
+"""

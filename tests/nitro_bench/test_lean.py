@@ -61,11 +61,24 @@ def test_the_environment_may_not_hold_torch() -> None:
 
 
 def test_the_report_shows_ratios_and_hides_nothing() -> None:
-    report = LeanReport(
+    report = made_report(load_average="0.10 0.10 0.10")
+    page = markdown(report)
+    assert "| process start to first image, s | 0.50 | 4.00 | 8.0 |" in page
+    assert "The two images are equal." in page and "abc" in page
+    assert json.loads(report.to_json())["diffusers"]["first_image_s"] == 4.0
+
+
+def test_the_report_says_when_the_machine_was_busy() -> None:
+    assert "The machine was busy" in markdown(made_report(load_average="1.50 0.10 0.10"))
+    assert "busy" not in markdown(made_report(load_average="0.90 2.00 2.00"))
+
+
+def made_report(load_average: str) -> LeanReport:
+    return LeanReport(
         command="python -m nitro_bench.lean b --checkpoint c",
         commit="abc",
         date="2025-01-31",
-        machine={"cpu": "some"},
+        machine={"cpu": "some", "cores": "2", "load_average": load_average},
         model="tiny",
         size_px=64,
         backend="openvino",
@@ -78,10 +91,6 @@ def test_the_report_shows_ratios_and_hides_nothing() -> None:
         nitro_rt=side(first_image_s=0.5),
         diffusers=side(first_image_s=4.0),
     )
-    page = markdown(report)
-    assert "| process start to first image, s | 0.50 | 4.00 | 8.0 |" in page
-    assert "The two images are equal." in page and "abc" in page
-    assert json.loads(report.to_json())["diffusers"]["first_image_s"] == 4.0
 
 
 def side(first_image_s: float) -> Side:
@@ -93,6 +102,7 @@ def side(first_image_s: float) -> Side:
         import_ms=10.0,
         import_pipeline_ms=20.0,
         first_image_s=first_image_s,
+        first_image_cpu_s=1.0,
         peak_rss_mb=100.0,
         image_ms=5.0,
         packages={"torch": "2"},
