@@ -116,6 +116,6 @@ def _busy_note(machine: dict[str, str]) -> str:
     if load < 0.5 * float(machine["cores"]):
         return ""
     return f"""
-**The machine was busy** (load {load:.1f} on {machine["cores"]} cores before the start): wall-clock times are too long, and by how
-much differs from round to round. Measure again on an idle machine before quoting them.
+**The machine was busy** (load {load:.1f} on {machine["cores"]} cores before the start): wall-clock times are too long, and
+by how much differs from round to round. Measure again on an idle machine before quoting them.
 """
