@@ -1,0 +1,308 @@
+"""`export_checkpoint`: a checkpoint in, a graphs folder with export.json out, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from nitro_export.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
+from nitro_export.toolchain import toolchain
+from nitro_rt.errors import ConfigError, ExportError
+from nitro_rt.manifest import (
+    EXPORT_FILE,
+    SCHEMA_VERSION,
+    FileRef,
+    Graph,
+    GraphsManifest,
+    ScheduleSpec,
+    Source,
+    TensorSpec,
+    sha256_of,
+    to_json,
+)
+from nitro_rt.schedule import StepSchedule, alphas_cumprod_from_config, step_schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nitro_export.stages import Stage
+
+PRECISIONS = ("fp32", "fp16")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What to export, resolved and checked."""
+
+    checkpoint: Checkpoint
+    schedules: dict[int, StepSchedule]
+    shift: int
+    precision: str
+    size_px: int
+    batch: int
+
+    @property
+    def latent_size(self) -> int:
+        return self.size_px // self.checkpoint.vae_factor
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    steps: Sequence[int],
+    shift: int | None = None,
+    precision: str = "fp32",
+    size_px: int | None = None,
+    batch: int = 1,
+    name: str | None = None,
+    origin: str | None = None,
+    licence: str | None = None,
+    report: Report = lambda line: None,
+) -> GraphsManifest:
+    """Turn a diffusers SDXL folder into ONNX graphs and check each against torch.
+
+    Args:
+        checkpoint: the folder; see `read_checkpoint` for what it must hold.
+        out: the graphs folder, not there yet. It is assembled in a hidden sibling and published by one rename.
+        steps: step counts from 1 to 4, one denoiser for each.
+        shift: `shifted_timestep`; None means the one in the checkpoint's run.json.
+        precision: "fp32" or "fp16"; latents, noise and the schedule stay float32 in both. With fp16 the decoder
+            computes in float32 where the VAE's config says `force_upcast`; the manifest and `report` say so.
+        size_px: the side of the images; None means the checkpoint's own.
+        batch: images per call.
+        name, licence: for the manifest; None means run.json's, else the folder's name and "unknown".
+        origin: what the user asked for; None means the folder's name.
+        report: called with one line per finished part.
+    Raises: ModelNotFound, ConfigError, ExportError, BackendUnavailable; `out` is then as it was.
+    """
+    model = read_checkpoint(checkpoint)
+    request = _resolve(model, steps=steps, shift=shift, precision=precision, size_px=size_px, batch=batch)
+    versions = toolchain()
+    source = Source(
+        name=name or str(model.run.get("name") or checkpoint.resolve().name),
+        checkpoint_sha256=checkpoint_sha256(checkpoint),
+        licence=licence or str(model.run.get("licence") or "unknown"),
+        origin=origin or checkpoint.resolve().name,
+    )
+    try:
+        with _assembled(out) as folder:
+            manifest = _write(request, folder, source, versions, report)
+            (folder / EXPORT_FILE).write_text(to_json(manifest), encoding="utf-8")
+    except OSError as exc:
+        raise ExportError(f"cannot write the graphs folder {out}: {exc}; nothing was left there") from exc
+    report(f"graphs in {out}")
+    return manifest
+
+
+def _resolve(
+    checkpoint: Checkpoint, *, steps: Sequence[int], shift: int | None, precision: str, size_px: int | None, batch: int
+) -> _Request:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} cannot be exported; available: {', '.join(PRECISIONS)}")
+    if batch < 1:
+        raise ConfigError(f"batch must be 1 or more, got {batch}")
+    if not steps or len(set(steps)) != len(steps):
+        raise ConfigError(f"steps must name each step count once, got {tuple(steps)}; available: 1, 2, 3, 4")
+    size = checkpoint.native_size_px if size_px is None else size_px
+    multiple = checkpoint.size_multiple
+    if size < multiple or size % multiple:
+        below = max(multiple, size // multiple * multiple)
+        raise ConfigError(f"size {size} is not a multiple of {multiple}, which this UNet and VAE need; nearest: {below}")
+    resolved = _shift(checkpoint) if shift is None else shift
+    alphas = alphas_cumprod_from_config(checkpoint.scheduler)
+    return _Request(
+        checkpoint=checkpoint,
+        schedules={count: step_schedule(count, resolved, alphas) for count in sorted(steps)},
+        shift=resolved,
+        precision=precision,
+        size_px=size,
+        batch=batch,
+    )
+
+
+def _shift(checkpoint: Checkpoint) -> int:
+    shift = checkpoint.run.get("shifted_timestep")
+    if shift is None:
+        raise ConfigError(
+            f"{checkpoint.folder} has no run.json with a shifted_timestep, and no shift was given; "
+            "say which it was trained with (250 for NitroSD-Realism, 500 for NitroSD-Vibrant)"
+        )
+    if not isinstance(shift, int) or isinstance(shift, bool):
+        raise ConfigError(f"{checkpoint.folder / 'run.json'}: shifted_timestep must be a whole number, found {shift!r}")
+    return shift
+
+
+@contextmanager
+def _assembled(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` to write into; it becomes `out` at the end, or vanishes if the body fails.
+
+    What a killed export left is removed by the next one. Exports to the same `out` wait for each other.
+    """
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(parent / f".{out.name}.lock"):
+        if out.exists():
+            raise ExportError(f"{out} is there already; remove it or choose another folder")
+        for leftover in parent.glob(f".{out.name}.*.partial"):
+            shutil.rmtree(leftover)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
+        try:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp's is private
+            os.replace(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(request: _Request, folder: Path, source: Source, versions: dict[str, str], report: Report) -> GraphsManifest:
+    # Loaded here, not above: a wrong request is refused before torch takes seconds to load.
+    from nitro_export.tokenizer import write_tokenizer
+
+    model = request.checkpoint
+    tokenizers = tuple(
+        write_tokenizer(
+            model.folder / part, folder / f"{part}.json", num_tokens=model.num_tokens, vocab_size=config["vocab_size"]
+        )
+        for part, config in zip(("tokenizer", "tokenizer_2"), model.text_encoders, strict=True)
+    )
+    return GraphsManifest(
+        schema_version=SCHEMA_VERSION,
+        source=source,
+        schedule=ScheduleSpec(shift=request.shift, steps=request.schedules),
+        size_px=request.size_px,
+        batch=request.batch,
+        precision=request.precision,
+        text=_text(request, folder, report),
+        denoise=_denoise(request, folder, report),
+        decode=_decode(request, folder, report),
+        tokenizers=tokenizers,
+        toolchain=versions,
+    )
+
+
+def _text(request: _Request, folder: Path, report: Report) -> Graph:
+    from nitro_export.loading import load_text_encoders
+    from nitro_export.stages import TextStage
+
+    encoders = load_text_encoders(request.checkpoint)
+    stage = TextStage(*encoders, batch=request.batch, num_tokens=request.checkpoint.num_tokens).eval()
+    inputs = [_token_ids(stage.inputs, [encoder.config for encoder in encoders])]
+    return _graphs(folder, "text", {"text": (stage, inputs)}, request.precision, report)["text"]
+
+
+def _denoise(request: _Request, folder: Path, report: Report) -> dict[int, Graph]:
+    from nitro_export.loading import load_unet
+    from nitro_export.stages import DenoiseNetwork, DenoiseStage
+
+    network = DenoiseNetwork(load_unet(request.checkpoint))
+    stages = {}
+    for count, schedule in request.schedules.items():
+        stage = DenoiseStage(
+            network,
+            schedule,
+            size_px=request.size_px,
+            latent_size=request.latent_size,
+            batch=request.batch,
+            num_tokens=request.checkpoint.num_tokens,
+        ).eval()
+        stages[f"denoise-{count}"] = (stage, [_step_inputs(stage.inputs, index) for index in range(count)])
+    graphs = _graphs(folder, "denoise", stages, request.precision, report)
+    return {count: graphs[f"denoise-{count}"] for count in request.schedules}
+
+
+def _decode(request: _Request, folder: Path, report: Report) -> Graph:
+    from nitro_export.loading import load_vae
+    from nitro_export.stages import DecodeStage
+
+    vae = load_vae(request.checkpoint)
+    stage = DecodeStage(vae, latent_size=request.latent_size, size_px=request.size_px, batch=request.batch).eval()
+    precision, note = request.precision, ""
+    if precision == "fp16" and vae.config.force_upcast:
+        precision, note = "fp32", "float32: force_upcast in the VAE's config says that it overflows in float16"
+        report(f"decode: computes in {note}")
+    inputs = [_seeded(stage.inputs, seed) for seed in (0, 1)]
+    return _graphs(folder, "decode", {"decode": (stage, inputs)}, precision, report, note=note)["decode"]
+
+
+def _graphs(
+    folder: Path,
+    kind: str,
+    stages: dict[str, tuple[Stage, list[tuple[Tensor, ...]]]],
+    precision: str,
+    report: Report,
+    *,
+    note: str = "",
+) -> dict[str, Graph]:
+    """Export the graphs of one kind, all from one network, and compare each with torch on its inputs."""
+    from nitro_export import parity
+    from nitro_export.graph import graphs_from_stages
+
+    started = time.perf_counter()
+    expected = {name: parity.references(stage, inputs) for name, (stage, inputs) in stages.items()}
+    if precision == "fp16":
+        for name, (stage, inputs) in stages.items():
+            stage.halve()
+            parity.check_half(name, stage, inputs, expected[name])
+    first, inputs = next(iter(stages.values()))
+    files_by_name = graphs_from_stages(
+        folder, {name: s for name, (s, _) in stages.items()}, parity.as_inputs_of(first, inputs[0])
+    )
+    graphs = {}
+    for name, (stage, inputs) in stages.items():
+        files = files_by_name[name]
+        worst = parity.check_graph(name, files[0], stage, inputs, expected[name], precision=precision)
+        graphs[name] = Graph(
+            files=tuple(_reference(path) for path in files),
+            inputs=stage.inputs,
+            outputs=stage.outputs,
+            parity_max_abs=worst,
+            compute_dtype="float16" if precision == "fp16" else "float32",
+            note=note,
+        )
+        report(f"{name}: exported in {precision}, largest difference from torch {worst:.2g}")
+    report(f"{kind}: {time.perf_counter() - started:.1f} s")
+    return graphs
+
+
+def _reference(path: Path) -> FileRef:
+    return FileRef(path=path.name, sha256=sha256_of(path), num_bytes=path.stat().st_size)
+
+
+def _seeded(specs: Sequence[TensorSpec], seed: int) -> tuple[Tensor, ...]:
+    """Standard normal float32 tensors: what latents, noise and normalised embeddings look like."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(spec.shape, generator=generator) for spec in specs)
+
+
+def _step_inputs(specs: Sequence[TensorSpec], step_index: int) -> tuple[Tensor, ...]:
+    import torch
+
+    drawn = _seeded(specs, step_index)
+    return tuple(torch.tensor([step_index]) if spec.name == "step_index" else t for spec, t in zip(specs, drawn, strict=True))
+
+
+def _token_ids(specs: Sequence[TensorSpec], configs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Ids from all over both vocabularies; the end mark, where the pooled text is read, stands in the middle."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = []
+    for spec, config in zip(specs, configs, strict=True):
+        rows = torch.randint(0, config.vocab_size - 2, spec.shape, generator=generator)
+        # Old configs say 2, and CLIPTextModel then takes the highest id of the row.
+        rows[:, spec.shape[1] // 2] = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+        ids.append(rows)
+    return tuple(ids)
