@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import platformdirs
+
 from nitro_rt.device import Driver, find_driver
 
 PACKAGES = (
@@ -32,7 +34,7 @@ PACKAGES = (
 )
 BACKEND_MODULES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
-EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "filelock", "platformdirs")
+EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "filelock")
 BUILDABLE = ("openvino", "onnxruntime", "tensorrt-rtx")
 RUNNABLE = ("openvino", "onnxruntime")
 CPU_FEATURES = (
@@ -115,11 +117,6 @@ def cache_folder() -> Path:
     chosen = os.environ.get("NITRO_RT_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    try:
-        import platformdirs
-    except ImportError:
-        # It comes with the extra that builds; without it nothing is cached, and this is where it would be on Linux.
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nitro-rt"
     return Path(platformdirs.user_cache_path("nitro-rt"))
 
 
