@@ -56,7 +56,7 @@ def resolve_model(model: str) -> ModelSource:
     if model in _PRESETS:
         return _preset(model)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # an empty name would mean the working directory
         resolved = path.resolve()
         return ModelSource(name=_name_of(resolved), checkpoint=resolved, origin=resolved.name)
     if path.is_file():
