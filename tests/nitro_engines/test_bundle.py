@@ -130,28 +130,40 @@ def test_two_builders_at_once_do_the_work_once(make_graphs: MakeGraphs, cache: E
 @pytest.mark.parametrize("older", [False, True])
 def test_killed_at_any_moment_it_is_whole_or_absent(make_graphs: MakeGraphs, backend: Any, tmp_path: Path, older: bool) -> None:
     first, second = make_graphs("first"), make_graphs("second", seed=3)
-    rehearsal = child(second, tmp_path / "rehearsal", EngineCache(tmp_path / "rehearsal-cache"), "copy")
-    num_changes = int(rehearsal.communicate(timeout=120)[0])
-    assert num_changes > 50
-    moments = [1 + index * (num_changes - 1) // 7 for index in range(7)]
-    attempts = []
-    for moment in [*moments, num_changes - 12, num_changes - 8]:  # the last ones lie in the publication
-        out, cache = tmp_path / f"{moment}" / "bundle", EngineCache(tmp_path / f"{moment}-cache")
-        if older:
+
+    def place(moment: int) -> tuple[Path, EngineCache]:
+        out, cache = tmp_path / "out" / str(moment) / "bundle", EngineCache(tmp_path / "cache" / str(moment))
+        for folder in (out.parent, cache.root):  # so that every build makes the same changes
+            folder.mkdir(parents=True, exist_ok=True)
+        if older and not out.exists():
             bundle_from_graphs(first, out, backend, cache)
-        attempts.append((out, cache, child(second, out, cache, "copy", "--kill-at", str(moment))))
-        if len(attempts) % 3 == 0:
-            for _, _, process in attempts[-3:]:
-                process.wait(timeout=120)
-    for out, cache, process in attempts:
-        process.communicate(timeout=120)
-        assert process.returncode == -9
+        return out, cache
+
+    def run(moments: list[int]) -> str:
+        for moment in moments:
+            place(moment)
+        listed = ",".join(map(str, moments))
+        process = child(second, tmp_path / "out", EngineCache(tmp_path / "cache"), "copy", "--kill-at", listed)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return output
+
+    num_changes = int(run([0]))
+    assert num_changes > 50
+    # Every seventh change of the file system, and every second of the publication, which comes last.
+    moments = sorted({*range(1, num_changes, 7), *range(num_changes - 30, num_changes, 2)})
+    assert run(moments) == ""
+    found = set()
+    for moment in moments:
+        out, cache = place(moment)
         if out.exists():
             open_bundle(out).verify()
+        found.add(out.exists())
         result = bundle_from_graphs(second, out, backend, cache)
         assert open_bundle(out).manifest == result.manifest
         open_bundle(out).verify()
         assert nothing_left(out, cache)
+    assert True in found  # killed after the publication, or before the older one was moved
 
 
 def test_a_library_that_cannot_write_is_said_and_nothing_is_published(
