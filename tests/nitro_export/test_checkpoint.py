@@ -1,0 +1,142 @@
+"""Which checkpoints are taken, which are refused and why, and what their digest covers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nitro_export import checkpoint_sha256, read_checkpoint
+from nitro_rt.errors import ExportError, ModelNotFound
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_reads_a_tiny_checkpoint(tiny_kl: Path, tiny_tiny: Path) -> None:
+    for folder in (tiny_kl, tiny_tiny):
+        checkpoint = read_checkpoint(folder)
+        assert (checkpoint.num_tokens, checkpoint.vae_factor, checkpoint.native_size_px) == (77, 8, 64)
+        assert checkpoint.size_multiple == 32
+        assert checkpoint.run["shifted_timestep"] == 500
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "says"),
+    [
+        ("unet", {"in_channels": 9}, "inpainting"),
+        ("unet", {"out_channels": 8}, "4 and 4"),
+        ("unet", {"addition_embed_type": None}, "text_time"),
+        ("unet", {"time_cond_proj_dim": 256}, "guidance"),
+        ("unet", {"cross_attention_dim": 64}, "different checkpoints"),
+        ("unet", {"projection_class_embeddings_input_dim": 99}, "different checkpoints"),
+        ("unet", {"sample_size": None}, "sample_size"),
+        ("text_encoder", {"max_position_embeddings": 64}, "must agree"),
+        ("vae", {"latent_channels": 16}, "4 and 3"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "v_prediction"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ("scheduler", {"clip_sample": True}, "clip_sample"),
+    ],
+)
+def test_refuses_other_networks(copied: Path, part: str, changes: dict[str, object], says: str) -> None:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    _edit(copied / part / name, **changes)
+    with pytest.raises(ExportError, match=says):
+        read_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text_encoder_2": [None, None]}, "text_encoder_2"),
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "CLIPTextModelWithProjection"),
+        ({"vae": ["diffusers", "AutoencoderDC"]}, "AutoencoderDC"),
+        ({"unet": ["diffusers", "SD3Transformer2DModel"]}, "SD3Transformer2DModel"),
+        ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "text_encoder_3"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet"),
+    ],
+)
+def test_refuses_other_pipelines(copied: Path, changes: dict[str, object], says: str) -> None:
+    _edit(copied / "model_index.json", **changes)
+    with pytest.raises(ExportError, match=says):
+        read_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_names_a_missing_file(copied: Path, missing: str) -> None:
+    (copied / missing).unlink()
+    with pytest.raises(ModelNotFound, match=Path(missing).name):
+        read_checkpoint(copied)
+
+
+def test_a_tokenizer_needs_one_of_its_two_forms(copied: Path) -> None:
+    (copied / "tokenizer_2" / "tokenizer.json").unlink()
+    read_checkpoint(copied)  # vocab.json and merges.txt are there
+    (copied / "tokenizer_2" / "merges.txt").unlink()
+    with pytest.raises(ModelNotFound, match="merges.txt"):
+        read_checkpoint(copied)
+
+
+def test_refuses_pickles(copied: Path) -> None:
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ExportError, match="pickle"):
+        read_checkpoint(copied)
+
+
+def test_takes_an_fp16_variant_and_shards(copied: Path) -> None:
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert read_checkpoint(copied).variants["unet"] == "fp16"
+
+    vae = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(vae.with_name("shard-1.safetensors"))
+    index = copied / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "shard-1.safetensors", "b": "shard-2.safetensors"}}))
+    with pytest.raises(ModelNotFound, match="shard-2"):
+        read_checkpoint(copied)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_refuses_a_damaged_config(copied: Path, content: str) -> None:
+    (copied / "unet" / "config.json").write_text(content)
+    with pytest.raises(ExportError, match="config.json"):
+        read_checkpoint(copied)
+
+
+def test_says_what_a_checkpoint_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no checkpoint folder"):
+        read_checkpoint(tmp_path / "absent")
+    single = tmp_path / "model.safetensors"
+    single.touch()
+    with pytest.raises(ModelNotFound, match="from_single_file"):
+        read_checkpoint(single)
+    with pytest.raises(ModelNotFound, match="found: model.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_digest_covers_what_is_read_and_no_more(copied: Path, tmp_path: Path) -> None:
+    digest = checkpoint_sha256(copied)
+    assert checkpoint_sha256(Path(shutil.copytree(copied, tmp_path / "elsewhere"))) == digest
+    (copied / "README.md").write_text("a card")
+    (copied / "unet" / "notes.txt").write_text("notes")
+    assert checkpoint_sha256(copied) == digest
+    seen = {digest}
+    for name in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt", "vae/config.json", "run.json"):
+        path = copied / name
+        path.write_bytes(path.read_bytes() + b" ")
+        seen.add(checkpoint_sha256(copied))
+    assert len(seen) == 5
