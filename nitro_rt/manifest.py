@@ -245,7 +245,9 @@ def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
         return tuple(_convert(arguments[0], item, where, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         _require(isinstance(value, dict), where, name, "an object", value)
-        return {_key(arguments[0], key, where, name): _convert(arguments[1], v, where, f"{name}.{key}") for key, v in value.items()}
+        return {
+            _key(arguments[0], key, where, name): _convert(arguments[1], v, where, f"{name}.{key}") for key, v in value.items()
+        }
     if kind is float:
         _require(isinstance(value, int | float) and not isinstance(value, bool), where, name, "a number", value)
         return float(value)

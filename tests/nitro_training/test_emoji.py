@@ -93,28 +93,32 @@ def test_concepts_are_read_with_synonyms_and_groups(concepts: Path) -> None:
     assert not face.recolourable and apple.synonyms == ("apple",) and apple.recolourable
 
 
-@pytest.mark.parametrize(
-    ("label", "name"), [("T-Rex", "t-rex"), ("woman’s hat", "womans-hat"), ("pool 8 ball", "pool-8-ball")]
-)
+@pytest.mark.parametrize(("label", "name"), [("T-Rex", "t-rex"), ("woman’s hat", "womans-hat"), ("pool 8 ball", "pool-8-ball")])
 def test_slug(label: str, name: str) -> None:
     assert slug(label) == name
 
 
 @pytest.mark.parametrize(
-    ("phrase", "spoken"), [("apple", "an apple"), ("euro banknote", "a euro banknote"), ("unicorn", "a unicorn"), ("jeans", "jeans")]
+    ("phrase", "spoken"),
+    [("apple", "an apple"), ("euro banknote", "a euro banknote"), ("unicorn", "a unicorn"), ("jeans", "jeans")],
 )
 def test_articles(phrase: str, spoken: str) -> None:
     assert article(phrase) == spoken
 
 
 def test_captions_of_a_recoloured_picture_always_name_its_colour() -> None:
-    words = captions("red apple", ("apple",), "noto", "blue", recoloured=True)
+    words = captions("red apple", ("apple",), "noto", "blue", recoloured=True, is_default=True)
     assert words == ["blue apple", "a blue apple", "blue apple, noto style", "a blue apple, noto style"]
 
 
 def test_captions_of_a_natural_picture_also_come_without_colour() -> None:
-    words = captions("banana", (), "flat", "yellow", recoloured=False)
+    words = captions("banana", (), "flat", "yellow", recoloured=False, is_default=True)
     assert {"banana", "a banana", "a yellow banana", "a banana, flat style"} <= set(words)
+
+
+def test_only_the_default_style_goes_unnamed() -> None:
+    words = captions("banana", (), "flat", "yellow", recoloured=False, is_default=False)
+    assert words and all(word.endswith(", flat style") for word in words)
 
 
 @pytest.mark.parametrize("colour", list(colours.HUES_DEG))

@@ -155,7 +155,5 @@ def test_features_that_do_not_fit_the_pool_are_refused() -> None:
 
 
 def test_the_warmup_regresses_without_the_pool(stage: StudentStage) -> None:
-    warming = StudentStage(
-        dataclasses.replace(STUDENT, warmup_steps=4), stage.unet, stage.features, stage.pool, stage.pairs
-    )
+    warming = StudentStage(dataclasses.replace(STUDENT, warmup_steps=4), stage.unet, stage.features, stage.pool, stage.pairs)
     assert set(warming.step(0, step_generator(1, 0))) == {"regression"}

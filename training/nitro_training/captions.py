@@ -32,7 +32,9 @@ def names(label: str, synonyms: tuple[str, ...], colour: str | None) -> list[str
     return list(dict.fromkeys(spoken))
 
 
-def captions(label: str, synonyms: tuple[str, ...], style: str, colour: str | None, *, recoloured: bool) -> list[str]:
+def captions(
+    label: str, synonyms: tuple[str, ...], style: str, colour: str | None, *, recoloured: bool, is_default: bool
+) -> list[str]:
     """All captions of one image, most specific last.
 
     Args:
@@ -41,6 +43,7 @@ def captions(label: str, synonyms: tuple[str, ...], style: str, colour: str | No
         style: the pack's name in prompts, for "..., noto style".
         colour: the dominant colour, or None where no colour dominates.
         recoloured: the image is a hue-shifted copy: every caption must then name the colour.
+        is_default: the style is what a prompt without a style means; the captions of all others name their style.
     """
     plain: list[str] = []
     if not recoloured:
@@ -50,7 +53,8 @@ def captions(label: str, synonyms: tuple[str, ...], style: str, colour: str | No
         for name in names(label, synonyms, colour):
             plain += [f"{colour} {name}", _with_colour(colour, name)]
     plain = list(dict.fromkeys(plain))
-    return plain + [f"{caption}, {style} style" for caption in plain]
+    styled = [f"{caption}, {style} style" for caption in plain]
+    return plain + styled if is_default else styled
 
 
 def _with_colour(colour: str, name: str) -> str:

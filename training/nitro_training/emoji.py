@@ -58,6 +58,8 @@ class EmojiConfig:
 
     packs: tuple[str, ...] = tuple(PACKS)
     """Names from `PACKS`."""
+    default_style: str = "noto"
+    """The style of a prompt that names none: one look per prompt is far easier to learn than a blend of several."""
     size_px: int = 128
     margin: float = 0.04
     """White border around every icon, as a share of the side."""
@@ -73,6 +75,9 @@ class EmojiConfig:
         unknown = sorted(set(self.packs) - set(PACKS))
         if unknown:
             raise ConfigError(f"unknown icon pack {', '.join(unknown)}; available: {', '.join(PACKS)}")
+        styles = [PACKS[name].style for name in self.packs]
+        if self.default_style not in styles:
+            raise ConfigError(f"default_style {self.default_style!r} is not one of the packs' styles: {', '.join(styles)}")
         if self.size_px % 8 or not 32 <= self.size_px <= 512:
             raise ConfigError(f"size_px must be a multiple of 8 from 32 to 512, got {self.size_px}")
 
@@ -184,7 +189,7 @@ def draw(config: EmojiConfig, concepts: list[Concept], packs: list[IconPack]) ->
         if digest in seen or not mask.any():
             continue
         seen.add(digest)
-        yield _record(concept, pack, colour, recoloured=False, split="train"), image
+        yield _record(config, concept, pack, colour, recoloured=False, split="train"), image
         if not (config.recolour and concept.recolourable and colour in colours.HUES_DEG):
             continue
         for target in colours.HUES_DEG:
@@ -194,7 +199,7 @@ def draw(config: EmojiConfig, concepts: list[Concept], packs: list[IconPack]) ->
             name, share = colours.dominant(shifted, mask)
             if name == target and share >= config.one_colour_share:
                 split = "heldout" if is_heldout(target, concept.label, config) else "train"
-                yield _record(concept, pack, target, recoloured=True, split=split), to_uint8(shifted)
+                yield _record(config, concept, pack, target, recoloured=True, split=split), to_uint8(shifted)
 
 
 def is_heldout(colour: str, label: str, config: EmojiConfig) -> bool:
@@ -207,9 +212,12 @@ def to_uint8(rgb_HW3: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.clip(np.rint(rgb_HW3 * 255.0), 0, 255).astype(np.uint8)
 
 
-def _record(concept: Concept, pack: IconPack, colour: str | None, *, recoloured: bool, split: str) -> Record:
+def _record(
+    config: EmojiConfig, concept: Concept, pack: IconPack, colour: str | None, *, recoloured: bool, split: str
+) -> Record:
     style = PACKS[pack.name].style
-    words = captions(concept.label, concept.synonyms, style, colour, recoloured=recoloured)
+    is_default = style == config.default_style
+    words = captions(concept.label, concept.synonyms, style, colour, recoloured=recoloured, is_default=is_default)
     return Record(
         concept=bare_name(concept.label), style=style, colour=colour, recoloured=recoloured, split=split, captions=tuple(words)
     )
@@ -232,7 +240,12 @@ def build_dataset(config: EmojiConfig, concepts_file: Path, node_modules: Path, 
         "schema_version": SCHEMA_VERSION,
         "config": asdict(config),
         "packages": [
-            {"package": PACKS[p.name].package, "version": p.version, "licence": PACKS[p.name].licence, "author": PACKS[p.name].author}
+            {
+                "package": PACKS[p.name].package,
+                "version": p.version,
+                "licence": PACKS[p.name].licence,
+                "author": PACKS[p.name].author,
+            }
             for p in packs
         ],
         "num_images": len(records),

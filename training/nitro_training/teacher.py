@@ -29,7 +29,9 @@ class TeacherConfig:
     caption_dropout: float = 0.2
     """Share of samples that see the null condition (zeros)."""
     snr_clip: float = 5.0
-    """Min-SNR weighting (Hang et al. 2023, arXiv:2303.09556)."""
+    """Largest weight of an error in x0: errors weigh min(1 + SNR, clip), as in velocity prediction with min-SNR
+    (Hang et al. 2023, arXiv:2303.09556). The plain noise loss weighs them by the SNR, which at the first timestep is
+    0.005: a small model then hardly learns what a caption means for shape and colour."""
     ema_decay: float = 0.998
     recoloured_share: float = 0.4
     """Share of draws that are hue-shifted copies."""
@@ -72,7 +74,7 @@ class TeacherStage:
             embeds, pooled = embeds * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
             predicted = predict_noise(self.unet, add_noise(latents, noise, times, self.abar), times, embeds, pooled)
         errors = functional.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
-        loss = (min_snr_weight(times, self.abar, config.snr_clip) * errors).mean()
+        loss = (noise_loss_weight(times, self.abar, config.snr_clip) * errors).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -87,11 +89,14 @@ def add_noise(x0_B4hw: Tensor, noise_B4hw: Tensor, times_B: Tensor, abar_T: Tens
     return abar.sqrt() * x0_B4hw + (1 - abar).sqrt() * noise_B4hw
 
 
-def min_snr_weight(times_B: Tensor, abar_T: Tensor, clip: float) -> Tensor:
-    """min(SNR, clip) / SNR, [B]: the weight of a noise-prediction loss (arXiv:2303.09556, eq. 6 for epsilon)."""
+def noise_loss_weight(times_B: Tensor, abar_T: Tensor, clip: float) -> Tensor:
+    """min(1 + SNR, clip) / SNR, [B]: what a squared error of the predicted noise weighs.
+
+    The squared error of x0 is that of the noise divided by the SNR, so in x0 the weight is min(1 + SNR, clip).
+    """
     abar = abar_T[times_B]
     snr = abar / (1 - abar)
-    return snr.clamp(max=clip) / snr
+    return (1 + snr).clamp(max=clip) / snr
 
 
 @torch.no_grad()

@@ -1,0 +1,27 @@
+"""Loss curves from a run's logs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nitro_rt.errors import ModelNotFound
+from nitro_training.curves import plot, read_log
+
+
+def test_a_loss_that_starts_late_is_nan_before(tmp_path: Path) -> None:
+    log = tmp_path / "student.loss.jsonl"
+    log.write_text('{"step": 20, "regression": 0.5}\n{"step": 40, "regression": 0.4, "d_loss": 2.0}\n', encoding="utf-8")
+    columns = read_log(log)
+    assert columns["step"] == [20, 40] and math.isnan(columns["d_loss"][0]) and columns["d_loss"][1] == 2.0
+    plot(tmp_path, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 300
+
+
+def test_a_folder_without_logs_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no loss logs"):
+        plot(tmp_path, tmp_path / "curves.png")
