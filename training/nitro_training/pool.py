@@ -59,8 +59,8 @@ class Head(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 bound = (layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]) ** -0.5
                 with torch.no_grad():
-                    layer.weight.uniform_(-bound, bound, generator=generator)
-                    layer.bias.uniform_(-bound, bound, generator=generator)
+                    for parameter in layer.parameters():
+                        parameter.uniform_(-bound, bound, generator=generator)
             elif isinstance(layer, nn.GroupNorm):
                 layer.reset_parameters()
 

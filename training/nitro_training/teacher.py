@@ -103,8 +103,8 @@ def noise_loss_weight(times_B: Tensor, abar_T: Tensor, clip: float) -> Tensor:
 def update_ema(averages: dict[str, nn.Module], trained: dict[str, nn.Module], decay: float) -> None:
     """Move every average towards its module: average = decay * average + (1 - decay) * module."""
     for name, module in trained.items():
-        average = list(averages[f"{name}_ema"].parameters())
-        torch._foreach_lerp_(average, list(module.parameters()), 1 - decay)
+        for average, parameter in zip(averages[f"{name}_ema"].parameters(), module.parameters(), strict=True):
+            average.lerp_(parameter, 1 - decay)
 
 
 @torch.no_grad()
