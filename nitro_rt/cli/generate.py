@@ -104,10 +104,11 @@ class Targets:
         self._file = None if is_folder else path
         self._folder = path if is_folder else path.parent
         self._num_images, self._num_named = num_images, 0
-        _make_writable(self._folder)
+        _require_writable(self._folder)
 
     def next(self, prompt: str, seed: str) -> Path:
         self._num_named += 1
+        _make(self._folder)
         if self._file is None:
             return self._free_name(f"{_slug(prompt)}-{seed}")
         if self._num_images == 1:
@@ -122,13 +123,20 @@ class Targets:
         return path
 
 
-def _make_writable(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written or made; nothing is made yet, because the bundle may be wrong."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"the folder {folder} cannot be made: {nearest} is a file; choose another place with -o")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"the folder {nearest} cannot be written; choose another place with -o")
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"the folder {folder} cannot be made: {exc.strerror}; choose another place with -o") from exc
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"the folder {folder} cannot be written; choose another place with -o")
 
 
 def _slug(prompt: str) -> str:

@@ -123,6 +123,12 @@ def test_several_prompts_make_numbered_files(bundle_folder: Path, capsys: Captur
     assert Image.open("alone.png").tobytes() == Image.open("out-3.png").tobytes()
 
 
+def test_a_wrong_bundle_leaves_no_folder(capsys: Capture) -> None:
+    assert main(["generate", "nowhere", "a dog", "-o", "new/apple.png"]) == 1
+    assert "no bundle at nowhere" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 def test_a_folder_is_filled(bundle_folder: Path) -> None:
     assert main(["generate", str(bundle_folder), "a dog", "??", "--seed", "3", "-o", "pictures"]) == 0
     assert _written() == ["pictures/a-dog-3.png", "pictures/image-3.png"]
