@@ -41,14 +41,24 @@ class ShiftedLCMScheduler(LCMScheduler):
         self.original_timesteps = self.timesteps
         self.timesteps = self.timesteps * self.shift // self.config.num_train_timesteps
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`timestep` is t'; the parent reads the next time from `self.timesteps`, which must be the original ones."""
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """`timestep` is t'; the parent reads the next time from `self.timesteps`, which must be the original ones.
+
+        The parameters are spelt out: the pipeline hands its generator only to schedulers that name one.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
         told = self.timesteps
         self.timesteps = self.original_timesteps
         try:
-            return super().step(model_output, timestep, sample, *args, **kwargs)
+            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
         finally:
             self.timesteps = told
 
