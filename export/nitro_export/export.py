@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +238,7 @@ def _decode(request: _Request, folder: Path, report: Report) -> Graph:
 def _graphs(
     folder: Path,
     kind: str,
-    stages: dict[str, tuple[Stage, list[tuple[Tensor, ...]]]],
+    stages: Mapping[str, tuple[Stage, list[tuple[Tensor, ...]]]],
     precision: str,
     report: Report,
     *,

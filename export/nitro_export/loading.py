@@ -1,4 +1,7 @@
-"""A checkpoint's networks as torch modules in float32, every weight accounted for."""
+"""A checkpoint's networks as torch modules in float32, every weight accounted for.
+
+Their type is Any: diffusers and transformers are typed in part only.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 
 from nitro_export.checkpoint import Checkpoint
 from nitro_rt.errors import ExportError
 
 
-def load_text_encoders(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Module]:
+def load_text_encoders(checkpoint: Checkpoint) -> tuple[Any, Any]:
     # Eager attention: the causal mask is then a constant that is added, which every runtime reads.
     eager = {"attn_implementation": "eager"}
     return (
@@ -25,16 +27,16 @@ def load_text_encoders(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Module]:
     )
 
 
-def load_unet(checkpoint: Checkpoint) -> nn.Module:
+def load_unet(checkpoint: Checkpoint) -> Any:
     return _load(checkpoint, "unet", diffusers.UNet2DConditionModel.from_pretrained)
 
 
-def load_vae(checkpoint: Checkpoint) -> nn.Module:
+def load_vae(checkpoint: Checkpoint) -> Any:
     kind = checkpoint.vae.get("_class_name", "AutoencoderKL")
     return _load(checkpoint, "vae", getattr(diffusers, kind).from_pretrained)
 
 
-def _load(checkpoint: Checkpoint, part: str, from_pretrained: Callable[..., Any], **options: Any) -> nn.Module:
+def _load(checkpoint: Checkpoint, part: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     """Raises: ExportError if a weight is missing, unknown or of another shape, or a file is cut."""
     folder = checkpoint.folder / part
     try:

@@ -6,8 +6,7 @@ the time embedding, E channels of the size embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,21 @@ from nitro_rt.manifest import TensorSpec
 from nitro_rt.schedule import StepSchedule
 
 
-class Stage(Protocol):
+class Stage(nn.Module):
     """What the exporter and the parity check need of a stage."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __call__(self, *inputs: Tensor) -> Any: ...
-
-    def named_buffers(self, *, recurse: bool) -> Iterator[tuple[str, Tensor]]: ...
-
     def halve(self) -> None:
         """Let the network compute in float16 from now on; `inputs` and `outputs` change accordingly."""
-        ...
+        raise NotImplementedError
 
 
-class TextStage(nn.Module):
+class TextStage(Stage):
     """Both text encoders: token ids to what the UNet is conditioned on, as StableDiffusionXLPipeline.encode_prompt."""
 
-    def __init__(self, encoder: nn.Module, encoder_2: nn.Module, *, batch: int, num_tokens: int) -> None:
+    def __init__(self, encoder: Any, encoder_2: Any, *, batch: int, num_tokens: int) -> None:
         super().__init__()
         self.encoder, self.encoder_2 = encoder, encoder_2
         width: int = encoder.config.hidden_size + encoder_2.config.hidden_size
@@ -60,7 +55,9 @@ class TextStage(nn.Module):
 class DenoiseNetwork(nn.Module):
     """The UNet with its time and size embeddings given instead of computed; made once, shared by all step counts."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    unet: Any
+
+    def __init__(self, unet: Any) -> None:
         """Takes `unet` over and changes it."""
         super().__init__()
         self._time_proj, self._time_mlp, self._size_proj = unet.time_proj, unet.time_embedding, unet.add_time_proj
@@ -86,8 +83,16 @@ class DenoiseNetwork(nn.Module):
         return self.unet(latents, time_BD, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
 
 
-class DenoiseStage(nn.Module):
+class DenoiseStage(Stage):
     """One step of the shifted LCM schedule (nitro_rt.schedule), chosen by `step_index`."""
+
+    network: DenoiseNetwork
+    time_embedding_ND: Tensor
+    size_embedding_1E: Tensor
+    alpha_N: Tensor
+    sigma_N: Tensor
+    next_alpha_N: Tensor
+    next_sigma_N: Tensor
 
     def __init__(
         self, network: DenoiseNetwork, schedule: StepSchedule, *, size_px: int, latent_size: int, batch: int, num_tokens: int
@@ -139,10 +144,14 @@ class DenoiseStage(nn.Module):
         self.inputs = _as_float16(self.inputs, "prompt_embeds", "pooled_prompt_embeds")
 
 
-class DecodeStage(nn.Module):
+class DecodeStage(Stage):
     """The VAE's decoder, from the UNet's latents to the bytes of the images."""
 
-    def __init__(self, vae: nn.Module, *, latent_size: int, size_px: int, batch: int) -> None:
+    vae: Any
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, vae: Any, *, latent_size: int, size_px: int, batch: int) -> None:
         super().__init__()
         self.vae = vae
         self.dtype = torch.float32

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nitro_export import read_checkpoint
 from nitro_export.graph import graphs_from_stages
 from nitro_export.loading import load_vae
-from nitro_export.stages import DecodeStage
+from nitro_export.stages import DecodeStage, Stage
 from nitro_rt.errors import ExportError
 from nitro_rt.manifest import TensorSpec, sha256_of
 
@@ -23,7 +23,7 @@ def _decode(folder: Path) -> DecodeStage:
     return DecodeStage(load_vae(read_checkpoint(folder)), latent_size=8, size_px=64, batch=1).eval()
 
 
-class _Tabled(nn.Module):
+class _Tabled(Stage):
     """The smallest stage with a table and a weight that two of them share."""
 
     def __init__(self, weight: nn.Linear, rows: int, scale: float = 1.0) -> None:
@@ -38,8 +38,6 @@ class _Tabled(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         return self.weight(x) * self.table_N.index_select(0, index)
-
-    def halve(self) -> None: ...
 
 
 def test_equal_stages_give_equal_bytes_without_paths(tiny_tiny: Path, tmp_path: Path) -> None:
