@@ -199,8 +199,8 @@ def _denoise(batch: int, side: int, alpha_N: tuple[float, ...], kind: int, seed:
     random = np.random.default_rng(seed + 1)
     latents = (TensorProto.FLOAT, (batch, 4, side, side))
     nodes = [
-        helper.make_node("Cast", ["latents"], ["x"], to=kind),
-        helper.make_node("Conv", ["x", "kernel"], ["features"], pads=[1, 1, 1, 1]),
+        helper.make_node("Cast", ["latents"], ["_cast"], to=kind),
+        helper.make_node("Conv", ["_cast", "kernel"], ["features"], pads=[1, 1, 1, 1]),
         helper.make_node("Conv", ["features", "kernel_out"], ["eps"], pads=[1, 1, 1, 1]),
         helper.make_node("ReduceMean", ["prompt_embeds", "axes"], ["words"], keepdims=0),
         helper.make_node("MatMul", ["words", "from_words"], ["bias_words"]),
@@ -237,8 +237,8 @@ def _denoise(batch: int, side: int, alpha_N: tuple[float, ...], kind: int, seed:
 def _decode(batch: int, side: int, kind: int, seed: int) -> onnx.ModelProto:
     random = np.random.default_rng(seed + 2)
     nodes = [
-        helper.make_node("Cast", ["latents"], ["x"], to=kind),
-        helper.make_node("Conv", ["x", "kernel"], ["wide"], pads=[1, 1, 1, 1]),
+        helper.make_node("Cast", ["latents"], ["_cast"], to=kind),
+        helper.make_node("Conv", ["_cast", "kernel"], ["wide"], pads=[1, 1, 1, 1]),
         helper.make_node("DepthToSpace", ["wide"], ["image"], blocksize=8),
         helper.make_node("Cast", ["image"], ["image_32"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["image_32", "gain"], ["bright"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import openvino
@@ -45,18 +46,40 @@ class OpenVinoBackend:
         xml, weights = work / "engine.xml", work / "engine.bin"
         with foreign_errors(f"saving {onnx_path.name} as OpenVINO IR", work):
             # compress_to_fp16 would also halve the schedule's float32 constants; fp16 graphs have fp16 weights already.
-            openvino.save_model(self._core.read_model(str(onnx_path)), str(xml), compress_to_fp16=False)
+            source = self._core.read_model(str(onnx_path))
+            _forget_inner_names(source)
+            openvino.save_model(source, str(xml), compress_to_fp16=False)
             weights.touch()  # a graph without weights gets no file, and the pair is the contract
             # A full disk cuts the weights without an error: only what can be read back was saved.
             model = self._core.read_model(str(xml), str(weights)) if weights.stat().st_size else self._core.read_model(str(xml))
-        check_bindings([_spec(port) for port in model.inputs], graph.inputs, "inputs", onnx_path)
-        check_bindings([_spec(port) for port in model.outputs], graph.outputs, "outputs", onnx_path)
+        check_bindings(_specs(model.inputs, graph.inputs), graph.inputs, "inputs", onnx_path)
+        check_bindings(_specs(model.outputs, graph.outputs), graph.outputs, "outputs", onnx_path)
         return [xml, weights]
 
 
-def _spec(port: openvino.Output) -> TensorSpec:
-    shape = port.get_partial_shape()
-    if shape.is_dynamic:
-        raise BuildError(f"{port.get_any_name()} has the dynamic shape {shape}; engines are static, export again")
-    kind = port.get_element_type().get_type_name()
-    return TensorSpec(name=port.get_any_name(), dtype=_DTYPES.get(kind, kind), shape=tuple(shape.to_shape()))
+def _forget_inner_names(model: openvino.Model) -> None:
+    """Keep the names of inputs and outputs only.
+
+    Where a cast does nothing, compiling folds it into the input beside it, which would then answer to both names, in
+    no particular order: `latents` would also be `_to_copy`.
+    """
+    outputs = {name for port in model.outputs for name in port.get_names()}
+    for operation in model.get_ops():
+        if operation.get_type_name() in ("Parameter", "Result"):
+            continue
+        for port in operation.outputs():
+            if not port.get_names() & outputs:
+                port.get_tensor().set_names(set())
+
+
+def _specs(ports: Sequence[openvino.Output], expected: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The ports in the model's order. A port may have several names; the expected one is taken if it is there."""
+    wanted = {spec.name for spec in expected}
+    specs = []
+    for port in ports:
+        name = next(iter(wanted & port.get_names()), port.get_any_name())
+        shape, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
+        if shape.is_dynamic:
+            raise BuildError(f"{name} has the dynamic shape {shape}; engines are static, export again")
+        specs.append(TensorSpec(name=name, dtype=_DTYPES.get(kind, kind), shape=tuple(shape.to_shape())))
+    return specs

@@ -59,6 +59,20 @@ def test_openvino_saves_the_pair_and_never_computes_fp32_in_less(
         assert engine.options == {"INFERENCE_PRECISION_HINT": "f32"} and engine.compute_dtype == "float32"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_compiled_openvino_ports_have_the_contracts_names_and_no_other(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path, precision: str
+) -> None:
+    """In fp32 the graph's first cast does nothing, and OpenVINO folds it into the input."""
+    out, core = tmp_path / "bundle", openvino.Core()
+    manifest = build_bundle(make_graphs(precision=precision), out, backend="openvino", cache=cache)
+    for engine in (manifest.text, manifest.denoise[1], manifest.decode):
+        model = core.read_model(*(resolve(out, reference) for reference in engine.files))
+        compiled = core.compile_model(model, "CPU", dict(engine.options))
+        found = [set(port.get_names()) for port in (*compiled.inputs, *compiled.outputs)]
+        assert found == [{spec.name} for spec in (*engine.inputs, *engine.outputs)]
+
+
 @pytest.mark.parametrize(
     ("native", "dtype", "hint"),
     [(["FP32", "BF16"], "bfloat16", "bf16"), (["FP32", "FP16"], "float16", "f16"), (["FP32"], "float32", "f32")],
