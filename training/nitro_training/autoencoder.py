@@ -57,6 +57,7 @@ def build(config: AutoencoderConfig, size_px: int) -> AutoencoderKL:
         norm_num_groups=config.norm_groups,
         latent_channels=4,
         sample_size=size_px,
+        scaling_factor=1.0,  # the latents are normalised inside the VAE's own 1x1 convolutions
         force_upcast=False,
     )
 

@@ -16,7 +16,7 @@ from nitro_training.model import TextEncoders
 def normalise(vae: AutoencoderKL, means_N4hw: Tensor) -> None:
     """Fold the latents' statistics into the VAE's 1x1 convolutions, so that every channel has mean 0 and deviation 1.
 
-    With this the scaling factor is 1 and no reader of the checkpoint has statistics to forget.
+    With this the scaling factor stays 1 and no reader of the checkpoint has statistics to forget.
     """
     mean, deviation = means_N4hw.mean(dim=(0, 2, 3)), means_N4hw.std(dim=(0, 2, 3))
     encode, decode = vae.quant_conv, vae.post_quant_conv
@@ -26,7 +26,6 @@ def normalise(vae: AutoencoderKL, means_N4hw: Tensor) -> None:
     encode.bias[channels:].sub_(2 * deviation.log())
     decode.bias.add_(decode.weight[:, :, 0, 0] @ mean)
     decode.weight.mul_(deviation.view(1, -1, 1, 1))
-    vae.register_to_config(scaling_factor=1.0)
 
 
 @dataclass(frozen=True)
