@@ -78,7 +78,7 @@ def test_diffusers_loads_the_checkpoint_unmodified(finished: Path) -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(finished / "checkpoint", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe("an apple", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
-    assert images.shape == (1, 64, 64, 3)
+    assert images.shape == (1, 64, 64, 3) and pipe.vae.config.scaling_factor == 1.0
 
 
 def test_the_checkpoint_is_half_precision_safetensors_only(finished: Path) -> None:
