@@ -19,8 +19,6 @@ from nitro_export import export_checkpoint
 from nitro_export.tokenizer import encode
 from nitro_rt.manifest import Graph, GraphsManifest
 
-PROMPTS = ("a red apple", "the blue cat and the dog, on a star!", "")
-
 
 @pytest.fixture(scope="session")
 def tiny_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
