@@ -7,10 +7,12 @@ manifest does not name. Nothing here needs a backend, so a bundle for another ma
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from nitro_rt.manifest import (
 from nitro_rt.schedule import StepSchedule, alphas_cumprod_from_config, step_schedule
 
 LATENT_CHANNELS = 4
+DTYPES = ("float32", "float16", "int64", "uint8")
+"""What a tensor of a bundle may be made of."""
 STAGE_INPUTS = {
     "text": ("input_ids", "input_ids_2"),
     "denoise": ("latents", "prompt_embeds", "pooled_prompt_embeds", "step_index", "noise"),
@@ -97,7 +101,7 @@ class Bundle:
         return tuple(sorted(set(found) - named))
 
     def verify(self) -> None:
-        """The whole check of the files: sizes, digests, nothing extra, and the schedule's constants recomputed.
+        """The whole check: sizes, digests, nothing extra, and the engine key and the schedule's constants recomputed.
 
         Raises: BundleError for the first thing that is wrong.
         """
@@ -105,7 +109,17 @@ class Bundle:
         extra = self.extra_files()
         if extra:
             raise BundleError(f"{self.folder} holds {extra[0]!r}, which its manifest does not name ({len(extra)} such files)")
+        self._check_engine_key()
         self._check_schedule()
+
+    def _check_engine_key(self) -> None:
+        manifest = self.manifest
+        expected = _digest_of_fields(manifest.engine_key_fields)
+        if manifest.engine_key != expected:
+            raise BundleError(
+                f"{self.folder}: the engine key is {manifest.engine_key}, its fields give {expected}; "
+                "edited or built wrongly, build again"
+            )
 
     def _check_schedule(self) -> None:
         spec = self.manifest.schedule
@@ -186,6 +200,12 @@ def _check_shapes(bundle: Bundle, stage: str, engine: Engine) -> None:
         "images": ("uint8", (manifest.batch, size, size, 3)),
     } | {spec.name: (spec.dtype, spec.shape) for spec in manifest.text.outputs}
     for spec in (*engine.inputs, *engine.outputs):
+        # Known before they are compared: where the text encoder's outputs are edited, all that they are compared with is too.
+        _require(
+            bundle,
+            spec.dtype in DTYPES and all(dimension > 0 for dimension in spec.shape),
+            f"has {stage}'s {spec.name} as {spec.dtype} {list(spec.shape)}, not of {', '.join(DTYPES)} and of positive sizes",
+        )
         dtype, shape = expected[spec.name]
         fits = spec.dtype == dtype and spec.shape == shape and bool(shape) and (shape[0] == manifest.batch or shape == (1,))
         _require(
@@ -195,6 +215,12 @@ def _check_shapes(bundle: Bundle, stage: str, engine: Engine) -> None:
 
 def names(specs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs)
+
+
+def _digest_of_fields(fields: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON, in hex: sorted keys, no spaces, UTF-8, as the engine builder spells it."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _first_difference(found: StepSchedule, expected: StepSchedule) -> str | None:

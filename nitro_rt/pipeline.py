@@ -194,13 +194,22 @@ class Pipeline:
         wrong = next((item for item in prompts if not isinstance(item, str)), None)
         if wrong is not None or None in prompts:
             raise ConfigError(f"every prompt must be a string, got {wrong!r} ({type(wrong).__name__})")
+        texts = tuple(str(item) for item in prompts)
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as exc:
+                raise ConfigError(
+                    f"the prompt {text!r} has no UTF-8 form (character {exc.start} is {text[exc.start]!r}, half of a pair); "
+                    "give it decoded as UTF-8"
+                ) from exc
         batch = self.bundle.manifest.batch
         if len(prompts) > batch:
             raise EngineMismatch(
                 f"{len(prompts)} prompts, but {self.bundle.folder} was built for batch {batch}; "
                 f"give at most {batch}, or build with --batch {len(prompts)}"
             )
-        return tuple(str(item) for item in prompts)
+        return texts
 
     def _checked_steps(self, steps: object) -> int:
         built = self.bundle.built_steps

@@ -19,16 +19,17 @@ def command(bundle: Path, as_json: bool) -> None:
     from nitro_rt.verify import Check, verify_bundle
 
     checks: list[Check] = []
-    error: NitroError | None = None
+    error: str | None = "the check did not finish"  # what an interruption or a bug leaves
     try:
         for check in verify_bundle(bundle):
             checks.append(check)
             if not as_json:
                 click.echo(f"{check.status:<8}{check.name}: {check.detail}")
+        error = None
     except NitroError as exc:
-        error = exc
+        error = str(exc)
         raise
     finally:
         if as_json:
-            facts = {"ok": error is None, "error": None if error is None else str(error)}
+            facts = {"ok": error is None, "error": error}
             print_json(facts | {"bundle": str(bundle), "checks": [dataclasses.asdict(check) for check in checks]})

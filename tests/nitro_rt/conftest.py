@@ -102,8 +102,8 @@ def _make_bundle(
     manifest = m.BundleManifest(
         schema_version=m.SCHEMA_VERSION,
         name="tiny",
-        engine_key="e" * 64,
-        engine_key_fields={"backend": backend},
+        engine_key=hashlib.sha256(f'{{"backend":"{backend}","name":"tíny"}}'.encode()).hexdigest(),
+        engine_key_fields={"name": "tíny", "backend": backend},
         source=m.Source(name="tiny", checkpoint_sha256="c" * 64, licence="none", origin="tiny"),
         schedule=m.ScheduleSpec(shift=shift, steps=schedules),
         sizes_px=(size_px,),

@@ -58,6 +58,17 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _text_output(**facts: Any) -> Callable[[dict[str, Any]], None]:
+    """The prompt embeddings edited alike wherever they stand, so that the parts agree."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["text"]["outputs"][0].update(facts)
+        for engine in data["denoise"].values():
+            engine["inputs"][1].update(facts)
+
+    return change
+
+
 MANIFEST_EDITS = {
     "schema version": (_set("schema_version", to=99), "schema version 99, this nitro-rt reads 1"),
     "unknown field": (_set("colour", to="red"), "unknown field 'colour'"),
@@ -78,6 +89,11 @@ MANIFEST_EDITS = {
     "another size": (_set("sizes_px", to=[64]), "has decode's images as uint8"),
     "another dtype": (_set("denoise", "1", "inputs", 4, "dtype", to="float16"), "has denoise/1's noise as float16"),
     "another width": (_set("denoise", "2", "inputs", 1, "shape", to=[2, 12, 7]), "has denoise/2's prompt_embeds"),
+    "unknown dtype": (_text_output(dtype="float99"), "has text's prompt_embeds as float99 .*, not of float32, "),
+    "no NumPy dtype": (_text_output(dtype="not a type"), "has text's prompt_embeds as not a type "),
+    "object dtype": (_text_output(dtype="object"), "has text's prompt_embeds as object "),
+    "negative dimension": (_text_output(shape=[2, -12, 6]), "\\[2, -12, 6\\], .* of positive sizes"),
+    "zero dimension": (_text_output(shape=[2, 12, 0]), "\\[2, 12, 0\\], .* of positive sizes"),
 }
 
 
@@ -155,6 +171,21 @@ def test_edited_schedule_constants_fail_verification(field: str, bundle_folder: 
 
     edit_manifest(bundle_folder, change)
     with pytest.raises(BundleError, match=f"schedule of 2 steps at shift 250 has {field}"):
+        open_bundle(bundle_folder).verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("engine_key", to="e" * 64),
+        _set("engine_key_fields", "backend", to="other"),
+        _set("engine_key_fields", "\ud800", to=1),
+    ],
+    ids=["key", "field", "no UTF-8"],
+)
+def test_an_edited_engine_key_fails_verification(change: Any, bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(bundle_folder, change)
+    with pytest.raises(BundleError, match="the engine key is [0-9a-f]{64}, its fields give [0-9a-f]{64}"):
         open_bundle(bundle_folder).verify()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nitro_rt.cli.build import command as build_command
 from nitro_rt.errors import BuildError
 from nitro_rt.pipeline import Pipeline
 from nitro_rt.png import read_png_text
+from nitro_rt.verify import Check
 
 Capture = pytest.CaptureFixture[str]
 
@@ -199,6 +201,25 @@ def test_verify(bundle_folder: Path, capsys: Capture) -> None:
         answer["ok"] is False and "'extra'" in answer["error"] and [check["name"] for check in answer["checks"]] == ["manifest"]
     )
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_verify_is_not_ok_before_its_end(
+    stop: type[BaseException], bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def stopped(folder: Path) -> Iterator[Check]:
+        yield Check(name="manifest", status="ok", detail="")
+        raise stop
+
+    monkeypatch.setattr("nitro_rt.verify.verify_bundle", stopped)
+    if stop is KeyboardInterrupt:
+        assert main(["verify", str(bundle_folder), "--json"]) == 130
+    else:
+        with pytest.raises(stop):
+            main(["verify", str(bundle_folder), "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False and answer["error"] == "the check did not finish"
+    assert [check["name"] for check in answer["checks"]] == ["manifest"]
 
 
 def test_a_bundle_for_a_gpu_is_inspected_and_verified_anywhere(make_bundle: Any, tmp_path: Path, capsys: Capture) -> None:

@@ -122,6 +122,8 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[NitroError], str]] = {
     "number": ({"prompt": 3}, ConfigError, "got int"),
     "a number among prompts": ({"prompt": ["a", 3]}, ConfigError, "every prompt must be a string, got 3"),
     "None among prompts": ({"prompt": ["a", None]}, ConfigError, "every prompt must be a string, got None"),
+    "a lone surrogate": ({"prompt": "a \ud83d dog"}, ConfigError, r"no UTF-8 form \(character 2 is '\\ud83d'"),
+    "a lone surrogate among prompts": ({"prompt": ["a", "\udcff"]}, ConfigError, "no UTF-8 form"),
     "too many prompts": ({"prompt": ["a"] * 4}, EngineMismatch, "4 prompts, but .* built for batch 3.*--batch 4"),
     "steps not built": ({"steps": 3}, EngineMismatch, "not built for 3 steps; built: 1, 2, 4"),
     "no steps": ({"steps": 0}, EngineMismatch, "built: 1, 2, 4"),
