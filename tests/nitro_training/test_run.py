@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from nitro_rt.errors import ConfigError, TrainingError
-from nitro_training import loop, train
+from nitro_training import checkpoint, loop, train
 from nitro_training.emoji import build_dataset
 from nitro_training.recipe import read_recipe
 
@@ -75,7 +75,7 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_diffusers_loads_the_checkpoint_unmodified(finished: Path) -> None:
-    pipe = StableDiffusionXLPipeline.from_pretrained(finished / "checkpoint", torch_dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(finished / "checkpoint", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe("an apple", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and pipe.vae.config.scaling_factor == 1.0
@@ -105,9 +105,10 @@ def test_a_stopped_run_resumes_bit_for_bit(recipe: Path, finished: Path, tmp_pat
     for max_steps in (1, 2, None):
         train(recipe, out=tmp_path, max_steps=max_steps, resume=True)
     for part in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
-        expected = load_file(finished / "teacher" / f"{part}.safetensors")
-        actual = load_file(tmp_path / "teacher" / f"{part}.safetensors")
-        assert all(torch.equal(actual[key], value) for key, value in expected.items()), part
+        for kind in ("teacher", "checkpoint"):
+            expected = load_file(finished / kind / f"{part}.safetensors")
+            actual = load_file(tmp_path / kind / f"{part}.safetensors")
+            assert all(torch.equal(actual[key], value) for key, value in expected.items()), (kind, part)
 
 
 def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(
@@ -147,6 +148,26 @@ def test_a_damaged_state_is_said(recipe: Path, finished: Path, tmp_path: Path) -
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(TrainingError, match=r"teacher.safetensors is damaged"):
         train(recipe, out=tmp_path / "run", resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_said(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match="cannot write to"):
+        train(recipe, out=tmp_path / "file" / "run")
+
+
+def test_a_full_disk_keeps_the_state_before(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "teacher.safetensors"
+    shutil.copy(finished / "teacher.safetensors", state)
+    before = state.read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(TrainingError, match="No space left on device; what was there before is kept"):
+        checkpoint.write_tensors(state, {"x": torch.zeros(1)}, {})
+    assert state.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
 
 
 def test_a_dry_run_changes_nothing(recipe: Path, tmp_path: Path) -> None:

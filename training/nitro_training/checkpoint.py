@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,20 +34,13 @@ class RunState:
         return {key: value.detach().contiguous().clone() for key, value in found.items()}
 
 
-def save(path: Path, state: RunState, *, step: int, digest: str) -> None:
-    """Write the state; `digest` says which options it belongs to.
+def save(path: Path, state: RunState, *, step: int, digest: str, upstream: str = "") -> None:
+    """Write the state; `digest` says which options it belongs to, `upstream` what the earlier stages had become.
 
     Raises: TrainingError if it cannot be written (a full disk, say); the previous file is then untouched.
     """
-    temporary = path.with_suffix(".partial")
-    metadata = {"schema_version": _SCHEMA_VERSION, "step": str(step), "digest": digest}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state.tensors(), str(temporary), metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as exc:
-        temporary.unlink(missing_ok=True)
-        raise TrainingError(f"cannot write the checkpoint {path}: {exc}; the previous one is kept") from exc
+    metadata = {"schema_version": _SCHEMA_VERSION, "step": str(step), "digest": digest, "upstream": upstream}
+    write_tensors(path, state.tensors(), metadata)
 
 
 def load(path: Path, state: RunState, *, digest: str) -> int:
@@ -78,20 +72,53 @@ def _restore_modules(modules: Mapping[str, nn.Module], tensors: Mapping[str, Ten
 
 def _restore_optimizers(optimizers: Mapping[str, Optimizer], tensors: Mapping[str, Tensor]) -> None:
     for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         found: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith(f"optimizer/{name}/"):
                 index, field = key.removeprefix(f"optimizer/{name}/").split("/")
-                found.setdefault(int(index), {})[field] = value
+                found.setdefault(int(index), {})[field] = _laid_out_like(parameters[int(index)], value)
         optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` in the parameter's memory layout: fused optimisers pair moments and weights by their place in memory, and
+    the moments of channels-last weights are stored contiguous."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What is written beside the tensors; empty where there is no file.
+
+    Raises: TrainingError if the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as exc:
+        raise TrainingError(f"{path} is damaged: {exc}; remove it to make it again") from exc
 
 
 def steps_done(path: Path) -> int:
     """The steps done by the stage whose state this is; 0 where there is none."""
-    if not path.is_file():
-        return 0
-    with safe_open(str(path), framework="pt") as file:
-        return int((file.metadata() or {}).get("step", 0))
+    return int(read_metadata(path).get("step", 0))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file by one rename.
+
+    Raises: TrainingError if it cannot be written (a full disk, say); the previous file is then untouched.
+    """
+    temporary = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as exc:
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(f"cannot write {path}: {exc}; what was there before is kept") from exc
 
 
 def digest_of(options: object) -> str:

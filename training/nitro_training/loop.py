@@ -54,6 +54,7 @@ def run(
     folder: Path,
     *,
     digest: str,
+    upstream: str = "",
     config: LoopConfig | None = None,
     max_steps: int | None = None,
     report: Callable[[int, Losses], None] = lambda step, losses: None,
@@ -63,13 +64,17 @@ def run(
     A checkpoint is written at the end and every `checkpoint_every_s`. Ctrl-C writes none: a step cut in two may have
     moved half the weights, so the last whole checkpoint is what counts.
 
+    Args:
+        digest: of the options; a state written with others is refused.
+        upstream: what the earlier stages have become; a state that was trained on less of them is dropped and begun again.
     Returns: the number of steps done in all.
     Raises: TrainingError if a loss stops being finite; the last good checkpoint is kept.
     """
     config = config or LoopConfig()
     path = folder / f"{stage.name}.safetensors"
     log_path = folder / f"{stage.name}.loss.jsonl"
-    first = checkpoint.load(path, stage.state(), digest=digest) if path.is_file() else 0
+    is_current = path.is_file() and checkpoint.read_metadata(path).get("upstream", "") == upstream
+    first = checkpoint.load(path, stage.state(), digest=digest) if is_current else 0
     last = min(stage.num_steps, max_steps if max_steps is not None else stage.num_steps)
     folder.mkdir(parents=True, exist_ok=True)
     _truncate_log(log_path, first)
@@ -89,10 +94,10 @@ def run(
                 log.flush()
                 sums = {}
             if time.monotonic() - saved_at > config.checkpoint_every_s and done % config.log_every == 0:
-                checkpoint.save(path, stage.state(), step=done, digest=digest)
+                checkpoint.save(path, stage.state(), step=done, digest=digest, upstream=upstream)
                 saved_at = time.monotonic()
     if done > first:
-        checkpoint.save(path, stage.state(), step=done, digest=digest)
+        checkpoint.save(path, stage.state(), step=done, digest=digest, upstream=upstream)
     return done
 
 

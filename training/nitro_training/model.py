@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -136,9 +137,11 @@ def save_checkpoint(
 ) -> None:
     """Write the diffusers SDXL folder, FP16 safetensors, with `run.json`; replaced whole by renames.
 
+    Killed between the two renames, it leaves the old folder beside, as `.<name>.old`; the next call puts a new one in place.
+
     Raises: TrainingError if it cannot be written; a folder that was there is then untouched.
     """
-    hidden = folder.parent / f".{folder.name}.partial"
+    hidden, old = folder.parent / f".{folder.name}.partial", folder.parent / f".{folder.name}.old"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
         hidden.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +151,15 @@ def save_checkpoint(
         )  # fmt: skip
         pipeline.save_pretrained(hidden, safe_serialization=True)
         (hidden / RUN_FILE).write_text(json.dumps(run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        old = folder.parent / f".{folder.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(hidden, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         shutil.rmtree(hidden, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         raise TrainingError(f"cannot write the checkpoint {folder}: {exc}") from exc
 
 

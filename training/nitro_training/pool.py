@@ -34,6 +34,10 @@ class PoolConfig:
     def __post_init__(self) -> None:
         if self.width % _NORM_GROUPS:
             raise ConfigError(f"pool.width must be a multiple of {_NORM_GROUPS} (group normalisation), got {self.width}")
+        if self.heads_per_cell < 1 or self.num_blocks < 1:
+            raise ConfigError("pool.heads_per_cell and pool.num_blocks must be at least 1")
+        if not self.noise_levels or not all(0 <= level < 1000 for level in self.noise_levels):
+            raise ConfigError(f"pool.noise_levels needs one or more times from 0 to 999, got {list(self.noise_levels)}")
         if not 0.0 <= self.refresh_rate <= 1.0:
             raise ConfigError(f"pool.refresh_rate is a share from 0 to 1, got {self.refresh_rate}")
 

@@ -85,6 +85,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be of type {kind.__name__}, found {value!r}")
+    if kind in (int, float) and value < 0:
+        raise ConfigError(f"{where} must not be negative, found {value!r}")
     return value
 
 

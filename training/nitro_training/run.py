@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -63,9 +63,11 @@ def train(
     dataset = EmojiDataset.load(Path(resolved.run.data))
     merges = read_merges(Path(resolved.run.vocabulary), resolved.run.num_merges)
     _require_same_data(resolved, dataset)
+    _require_room_for_heads(resolved)
     if dry_run:
         for name, total in stage_lengths(resolved).items():
-            report(name, 0, min(total, max_steps or total), {})
+            most = 32 * (max_steps or total) if name == "pairs" else (max_steps or total)
+            report(name, 0, min(total, most), {})
         return folder / "checkpoint"
     if (folder / "run.json").exists() and not resume:
         raise TrainingError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
@@ -127,12 +129,13 @@ class Run:
         path = self.folder / "latents.safetensors"
         trained = self._train(AutoencoderStage(config, vae, self.images_NHW3), ("emoji", "autoencoder"))
         digest = checkpoint.digest_of([trained, self.digest("emoji", "autoencoder")])
-        if not _is_cached(path, digest):
+        if checkpoint.read_metadata(path).get("digest") != digest:
             latents = encode_all(vae, self.images_NHW3)
             normalise(vae, latents)
             mean, deviation = latents.mean(dim=(0, 2, 3), keepdim=True), latents.std(dim=(0, 2, 3), keepdim=True)
             tensors = {f"vae/{key}": value.contiguous() for key, value in vae.state_dict().items()}
-            _save(path, {**tensors, "latents": (latents - mean) / deviation}, digest)
+            tensors["latents"] = (latents - mean) / deviation
+            checkpoint.write_tensors(path, tensors, {"digest": digest})
         stored = load_file(path)
         latents = stored.pop("latents")
         vae.load_state_dict({key.removeprefix("vae/"): value for key, value in stored.items()})
@@ -155,13 +158,14 @@ class Run:
         """The teacher's results for seeded noise and captions, cached in shards of 256."""
         config = self.recipe.student
         digest = self.digest("emoji", "autoencoder", "model", "teacher") + str(self._done("teacher"))
-        digest = checkpoint.digest_of([digest, config.num_pairs, config.teacher_steps, config.guidance, config.seed])
-        num = config.num_pairs if self.max_steps is None else min(config.num_pairs, 32 * self.max_steps)
+        num = self._num_pairs()
+        digest = checkpoint.digest_of([digest, num, config.teacher_steps, config.guidance, config.seed])
         shards = []
         for first in range(0, num, 256):
             path = self.folder / "pairs" / f"{first:06d}.safetensors"
-            if not _is_cached(path, digest):
-                _save(path, self._pair_shard(teacher, data, first, min(256, num - first)), digest)
+            if checkpoint.read_metadata(path).get("digest") != digest:
+                shard = self._pair_shard(teacher, data, first, min(256, num - first))
+                checkpoint.write_tensors(path, shard, {"digest": digest})
             shards.append(load_file(path))
             self.report("pairs", min(first + 256, num), num, {})
         joined = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
@@ -183,21 +187,12 @@ class Run:
 
     def student(self, teacher: UNet2DConditionModel, pairs: TeacherPairs) -> UNet2DConditionModel:
         features = UNetFeatures(teacher)
-        self._require_room_for_heads()
         pool = HeadPool(self.recipe.pool, features.channels())
         stage = StudentStage(self.recipe.student, teacher, features, pool, pairs)
         self._train(stage, ("emoji", "autoencoder", "model", "teacher", "pool", "student"))
         averaged = stage.ema["unet_ema"].eval()
         assert isinstance(averaged, UNet2DConditionModel)
         return averaged
-
-    def _require_room_for_heads(self) -> None:
-        coarsest = self.recipe.emoji.size_px // 8 // 2 ** (len(self.recipe.model.channels) - 1)
-        if coarsest < 2**self.recipe.pool.num_blocks:
-            raise ConfigError(
-                f"pool.num_blocks = {self.recipe.pool.num_blocks} halves a feature of {coarsest}x{coarsest} below one pixel; "
-                "use fewer blocks or larger pictures"
-            )
 
     def decoder(self, vae: AutoencoderKL) -> AutoencoderKL:
         """More training for the decoder alone: the latents stay what they are."""
@@ -209,7 +204,17 @@ class Run:
         def report(done: int, losses: loop.Losses) -> None:
             self.report(stage.name, done, stage.num_steps, losses)
 
-        return loop.run(stage, self.folder, digest=self.digest(*sections), max_steps=self.max_steps, report=report)
+        earlier = {"teacher": ("autoencoder",), "student": ("autoencoder", "teacher"), "decoder": ("autoencoder",)}
+        upstream = ", ".join(f"{name} {self._done(name)}" for name in earlier.get(stage.name, ()))
+        if stage.name == "student":
+            upstream += f", pairs {self._num_pairs()}"
+        return loop.run(
+            stage, self.folder, digest=self.digest(*sections), upstream=upstream, max_steps=self.max_steps, report=report
+        )
+
+    def _num_pairs(self) -> int:
+        wanted = self.recipe.student.num_pairs
+        return wanted if self.max_steps is None else min(wanted, 32 * self.max_steps)
 
     def _done(self, name: str) -> int:
         return checkpoint.steps_done(self.folder / f"{name}.safetensors")
@@ -243,30 +248,20 @@ def encode_captions(text: TextEncoders, input_ids_MT: Tensor, batch: int = 256) 
     return torch.cat([p[0].half() for p in parts]), torch.cat([p[1].half() for p in parts])
 
 
+def _require_room_for_heads(recipe: Recipe) -> None:
+    coarsest = recipe.emoji.size_px // 8 // 2 ** (len(recipe.model.channels) - 1)
+    if coarsest < 2**recipe.pool.num_blocks:
+        raise ConfigError(
+            f"pool.num_blocks = {recipe.pool.num_blocks} halves a feature of {coarsest}x{coarsest} below one pixel; "
+            "use fewer blocks or larger pictures"
+        )
+
+
 def _require_same_data(recipe: Recipe, dataset: EmojiDataset) -> None:
     asked = json.loads(json.dumps(dataclasses.asdict(recipe.emoji)))
     found = dataset.manifest["config"]
     if asked != found:
         raise ConfigError(f"the data set at {recipe.run.data} was made with other [emoji] options; run `make emoji-data` again")
-
-
-def _is_cached(path: Path, digest: str) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return bool((file.metadata() or {}).get("digest") == digest)
-    except SafetensorError:
-        return False
-
-
-def _save(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata={"digest": digest})
-    os.replace(temporary, path)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -62,6 +62,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.shifted_timestep <= 1000:
             raise ConfigError(f"student.shifted_timestep must be from 1 to 1000, got {self.shifted_timestep}")
+        if self.num_pairs < 1 or self.teacher_steps < 1:
+            raise ConfigError("student.num_pairs and student.teacher_steps must be at least 1")
         if self.batch < 2:
             raise ConfigError("student.batch must be at least 2: with one sample the hinge loss collapses to one mode")
 

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nitro_rt.errors import ConfigError
 from nitro_rt.schedule import alphas_cumprod_from_config
 from nitro_training.checkpoint import RunState
 from nitro_training.latents import CaptionedLatents
@@ -36,6 +37,10 @@ class TeacherConfig:
     recoloured_share: float = 0.4
     """Share of draws that are hue-shifted copies."""
     seed: int = 31
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError(f"teacher.batch must be at least 1, got {self.batch}")
 
 
 def alphas_cumprod() -> Tensor:
