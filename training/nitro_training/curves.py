@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nitro_rt.errors import ModelNotFound
+from nitro_training import script
 
 _PANELS = {
     "autoencoder": ("psnr_db",),
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from nitro_rt.errors import ConfigError
-from nitro_training import colours
+from nitro_training import colours, script
 from nitro_training.captions import bare_name, captions
 
 SCHEMA_VERSION = 1
@@ -310,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from nitro_rt.errors import ModelNotFound
+from nitro_training import script
 from nitro_training.model import TextEncoders
 from nitro_training.student import draw_student
 from nitro_training.teacher import sample
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)
