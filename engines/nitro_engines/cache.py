@@ -1,11 +1,11 @@
 """The cache of engines and graphs: a small JSON entry per key, files by content, one lock per key.
 
-    <root>/engines/entries/<key>.json      what was built, and from which fields
-    <root>/engines/files/<sha256>.<ext>    engine and tokenizer files; bundles hold hard links to them
-    <root>/graphs/<key>/                   exported checkpoints
-    <root>/builds/<engine key>.json        the fields of bundles built before, for --explain
-    <root>/work/<key>/                     what is being made; whoever holds the key's lock owns it
-    <root>/locks/<key>.lock
+    engines/entries/<key>.json      what was built, and from which fields
+    engines/files/<sha256>.<ext>    engine and tokenizer files; bundles hold hard links to them
+    graphs/<key>/                   exported checkpoints
+    builds/<engine key>.json        the fields of bundles built before, for --explain
+    work/<key>/                     what is being made; whoever holds the key's lock owns it
+    locks/<key>.lock
 
 The root is `<user cache>/nitro-rt`; the environment variable NITRO_RT_CACHE overrides it. Nothing here is precious:
 all of it may be deleted, and what is damaged is noticed by its digest and made again.

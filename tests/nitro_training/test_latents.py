@@ -31,7 +31,7 @@ def test_a_fresh_vae_already_has_the_scaling_factor_of_the_finished_one() -> Non
 
 def test_drawing_follows_the_weights_and_the_images_own_captions() -> None:
     data = CaptionedLatents(
-        torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2), torch.zeros(5, 77, dtype=torch.int64), list("abcde"),
+        torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2), torch.zeros(5, 77, dtype=torch.int64),
         [torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3, 4])], torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64),
     )  # fmt: skip
     latents, rows = data.draw(64, torch.Generator().manual_seed(0))

@@ -35,8 +35,6 @@ class CaptionedLatents:
     latents_N4hw: Tensor
     input_ids_MT: Tensor
     """Every distinct caption's token ids."""
-    captions: list[str]
-    """The same, as text."""
     captions_of: list[Tensor]
     """Per image, the rows of its captions."""
     weights_N: Tensor
@@ -74,5 +72,4 @@ def captioned_latents(
     num_recoloured = recoloured.sum().clamp(min=1)
     num_natural = (1 - recoloured).sum().clamp(min=1)
     weights = recoloured * recoloured_share / num_recoloured + (1 - recoloured) * (1 - recoloured_share) / num_natural
-    captions = list(rows)
-    return CaptionedLatents(latents_N4hw[kept], text.tokenize(captions), captions, captions_of, weights)
+    return CaptionedLatents(latents_N4hw[kept], text.tokenize(list(rows)), captions_of, weights)

@@ -18,8 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from nitro_rt.errors import ConfigError, TrainingError
 
 RUN_FILE = "run.json"
-NULL_CONDITION = "zeros"
-"""SDXL's own null condition (`force_zeros_for_empty_prompt`): zero embeddings, zero pooled vector."""
 
 
 @dataclass(frozen=True, kw_only=True)
