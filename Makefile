@@ -1,10 +1,11 @@
-# make demo | test | test-full | check | fix | bench | emoji-data | emoji-model
+# make demo | test | test-full | check | fix | bench | bench-train | ablation | emoji-data | emoji-teacher | emoji-model
 # PYTHON is the interpreter that the virtual environment is made with; everything else happens inside $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE := training/recipes/nitro-emoji.toml
+TEACHER_RECIPE := training/recipes/nitro-emoji-teacher.toml
 
 ONE_STEP := engines/nitro-emoji-1step
 MANY_STEPS := engines/nitro-emoji-124steps
@@ -14,17 +15,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check fix bench emoji-data emoji-model
+.PHONY: help demo test test-full check fix bench bench-train ablation emoji-data emoji-teacher emoji-model
 
 help:
-	@echo 'make demo         build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
-	@echo 'make test         the tests, without the slow ones'
-	@echo 'make test-full    all tests'
-	@echo 'make check        lint, format, types, import contracts'
-	@echo 'make fix          mend what lint and format can mend'
-	@echo 'make bench        the lean runtime beside diffusers, into benchmarks/reports/'
-	@echo 'make emoji-data   fetch the icon packs (npm) and render the training data into data/'
-	@echo 'make emoji-model  train the shipped model again, resuming where it stopped'
+	@echo 'make demo           build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
+	@echo 'make test           the tests, without the slow ones'
+	@echo 'make test-full      all tests'
+	@echo 'make check          lint, format, types, import contracts'
+	@echo 'make fix            mend what lint and format can mend'
+	@echo 'make bench          the lean runtime beside diffusers, into benchmarks/reports/'
+	@echo 'make emoji-data     fetch the icon packs (npm) and render the training data into data/'
+	@echo 'make emoji-teacher  train its teacher from nothing, resuming where it stopped'
+	@echo 'make emoji-model    distil the shipped model again from its teacher, resuming where it stopped'
+	@echo 'make bench-train    training speed and memory for growing pools, beside a plain LADD-style loop'
+	@echo 'make ablation       the ablation table of the method, resuming where it stopped'
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 # A stamp says what is installed and is older than its inputs when they change. The demo needs less than the tests, so it
@@ -78,6 +82,14 @@ bench: $(VENV)/.dev-stamp
 	$(BIN)/nitro-rt build --steps 1 --out $(ONE_STEP)
 	$(BIN)/python -m nitro_bench.lean $(ONE_STEP) --checkpoint nitro_rt/models/nitro-emoji --report benchmarks/reports
 
+bench-train: $(VENV)/.dev-stamp
+	$(BIN)/python -m nitro_bench.training --report benchmarks/reports
+
+# It starts from the one-step weights of nitro-emoji's own run where that is here, and trains some otherwise.
+ablation: $(VENV)/.dev-stamp
+	$(BIN)/python -m nitro_training.ablation --recipe training/recipes/ablation.toml --out runs/ablation \
+	  $(if $(wildcard runs/nitro-emoji/regression.safetensors),--init runs/nitro-emoji) --report docs/ablation.md
+
 # --- the shipped model --------------------------------------------------------------------------------------------------
 # --ignore-scripts: the packs are data, nothing of theirs runs.
 emoji-data: $(VENV)/.dev-stamp
@@ -86,7 +98,10 @@ emoji-data: $(VENV)/.dev-stamp
 	cp training/recipes/icon-packs.json data/npm/package.json
 	npm install --prefix data/npm --no-audit --no-fund --ignore-scripts --no-package-lock
 	$(PIP) download --quiet --no-deps --dest data open_clip_torch
-	$(BIN)/python -m nitro_training.emoji --npm data/npm/node_modules --out data/nitro-emoji --recipe $(RECIPE)
+	$(BIN)/python -m nitro_training.emoji --npm data/npm/node_modules --out data/nitro-emoji --recipe $(TEACHER_RECIPE)
+
+emoji-teacher: $(VENV)/.dev-stamp
+	$(BIN)/nitro-rt train $(TEACHER_RECIPE) --out runs/nitro-emoji-teacher --resume
 
 emoji-model: $(VENV)/.dev-stamp
 	$(BIN)/nitro-rt train $(RECIPE) --out runs/nitro-emoji --resume

@@ -15,12 +15,15 @@ from nitro_rt.errors import NitroError
 COMMANDS = {
     "build": "Build an engine bundle from a checkpoint.",
     "doctor": "Say what this machine can build and run.",
+    "evaluate": "Score a checkpoint per step count.",
+    "extract-lora": "Write a student's UNet as a LoRA for checkpoints of its base.",
     "generate": "Draw images with a bundle.",
     "inspect": "Show what is in a bundle.",
     "train": "Train a model from a recipe.",
+    "transfer": "Give another checkpoint of the same base one-to-four-step drawing.",
     "verify": "Check a bundle: digests, schedule, a smoke image.",
 }
-"""Command -> what it does; the code is in `nitro_rt.cli.<command>`, as a function named `command`."""
+"""Command -> what it does; the code is in `nitro_rt.cli.<command>` (- becomes _), as a function named `command`."""
 
 
 class LazyGroup(click.Group):
@@ -32,7 +35,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"nitro_rt.cli.{cmd_name}").command
+        command = importlib.import_module(f"nitro_rt.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -58,7 +58,8 @@ def progress(title: str) -> Iterator[Callable[[str], None]]:
 def stage_progress() -> Iterator[StageReport]:
     """A function that reports (stage, steps done, steps in all, losses) as often as it likes, on stderr.
 
-    On a terminal each stage is a bar; elsewhere a line is written when a stage begins or ends and every half minute.
+    On a terminal each stage is a bar; elsewhere a line is written when a stage begins or ends and every half minute. Both
+    say how long the stage still takes.
     """
     if not sys.stderr.isatty():
         yield _stage_lines()
@@ -83,7 +84,8 @@ def stage_progress() -> Iterator[StageReport]:
         TextColumn("{task.fields[losses]}", markup=False),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    # over the usual 30 s the speed of steps that take longer than that would never be known
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=1800.0) as bars:
 
         def report(stage: str, done: int, total: int, losses: Mapping[str, float]) -> None:
             if stage not in tasks:
@@ -95,16 +97,32 @@ def stage_progress() -> Iterator[StageReport]:
 
 def _stage_lines() -> StageReport:
     current, last_s = "", 0.0
+    begun_at, begun_s = 0, 0.0
 
     def report(stage: str, done: int, total: int, losses: Mapping[str, float]) -> None:
-        nonlocal current, last_s
+        nonlocal current, last_s, begun_at, begun_s
         now_s = time.monotonic()
         if stage == current and done != total and now_s - last_s < LINE_INTERVAL_S:
             return
+        if stage != current:
+            begun_at, begun_s = done, now_s
         current, last_s = stage, now_s
-        click.echo(f"{stage}: {done} of {total} {_losses(losses)}".rstrip(), err=True)
+        left = f", {_duration(left_s)} left" if (left_s := _left_s(done, total, begun_at, now_s - begun_s)) else ""
+        click.echo(f"{stage}: {done} of {total}{left} {_losses(losses)}".rstrip(), err=True)
 
     return report
+
+
+def _left_s(done: int, total: int, begun_at: int, passed_s: float) -> float:
+    """Seconds that are left at the speed so far; 0 where it is not known yet."""
+    return (total - done) * passed_s / (done - begun_at) if done > begun_at else 0.0
+
+
+def _duration(seconds: float) -> str:
+    """As in "2:05:09" or "5:09"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _losses(losses: Mapping[str, float]) -> str:

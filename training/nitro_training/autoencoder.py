@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from nitro_rt.errors import ConfigError
 from nitro_training.checkpoint import RunState
-from nitro_training.loop import Losses, learning_rate, set_learning_rate
+from nitro_training.loop import Losses, learning_rate, set_learning_rate, step_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class AutoencoderStage:
     def state(self) -> RunState:
         return RunState(modules={"vae": self.vae}, optimizers={"vae": self.optimizer})
 
-    def step(self, step: int, generator: torch.Generator) -> Losses:
-        config = self.config
+    def step(self, step: int) -> Losses:
+        config, generator = self.config, step_generator(self.seed, step)
         rate = learning_rate(step, peak=config.peak_lr, num_steps=self.num_steps, warmup_steps=config.warmup_steps)
         set_learning_rate(self.optimizer, rate)
         index = torch.randint(0, len(self.images_NHW3), (config.batch,), generator=generator)

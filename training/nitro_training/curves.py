@@ -11,9 +11,11 @@ from nitro_training import script
 _PANELS = {
     "autoencoder": ("psnr_db",),
     "teacher": ("loss", "mse"),
-    "student": ("regression", "d_loss", "g_loss"),
     "decoder": ("psnr_db",),
+    "regression": ("regression_loss",),
+    "student": ("d_loss", "g_loss", "regression"),
 }
+"""What is drawn of each stage, in the order of a teacher's and a student's run."""
 
 
 def read_log(path: Path) -> dict[str, list[float]]:

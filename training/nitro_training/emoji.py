@@ -2,6 +2,7 @@
 
     images.safetensors   images, uint8 [N, H, W, 3]
     records.jsonl        one line per image: concept, style, colour, recoloured, split, captions
+    prompts.txt          every distinct caption of the training split, one a line: what a student is trained on
     data.json            what it was made from: packages with versions and licences, options, counts, digests
 
 Pairs of (colour, concept) are held out whole, never single images: about five pictures show the same concept, so a
@@ -236,6 +237,8 @@ def build_dataset(config: EmojiConfig, concepts_file: Path, node_modules: Path, 
     save_file({"images": np.stack(images)}, str(out / "images.safetensors"))
     lines = [json.dumps(asdict(record), ensure_ascii=False) for record in records]
     (out / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = dict.fromkeys(caption for record in records if record.split == "train" for caption in record.captions)
+    (out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     manifest: dict[str, object] = {
         "schema_version": SCHEMA_VERSION,
         "config": asdict(config),
@@ -252,7 +255,7 @@ def build_dataset(config: EmojiConfig, concepts_file: Path, node_modules: Path, 
         "num_concepts": len({record.concept for record in records}),
         "num_recoloured": sum(record.recoloured for record in records),
         "num_heldout": sum(record.split == "heldout" for record in records),
-        "sha256": {name: file_sha256(out / name) for name in ("images.safetensors", "records.jsonl")},
+        "sha256": {name: file_sha256(out / name) for name in ("images.safetensors", "records.jsonl", "prompts.txt")},
     }
     (out / "data.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
@@ -294,15 +297,15 @@ def main() -> None:
     """`python -m nitro_training.emoji`: make the data set of a recipe from installed icon packs."""
     import argparse
 
-    from nitro_training.recipe import read_recipe
+    from nitro_training.recipe import read_teacher_recipe
 
     parser = argparse.ArgumentParser(prog="python -m nitro_training.emoji", description=main.__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe whose [emoji] options and concepts count")
     parser.add_argument("--npm", type=Path, required=True, help="the node_modules folder with the icon packs")
     parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
     options = parser.parse_args()
-    recipe = read_recipe(options.recipe)
-    manifest = build_dataset(recipe.emoji, options.recipe.parent / recipe.run.concepts, options.npm, options.out)
+    recipe = read_teacher_recipe(options.recipe)
+    manifest = build_dataset(recipe.emoji, options.recipe.parent / recipe.data.concepts, options.npm, options.out)
     print(
         f"{manifest['num_images']} images of {manifest['num_concepts']} concepts "
         f"({manifest['num_recoloured']} recoloured, {manifest['num_heldout']} held out) in {options.out}"

@@ -18,6 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from nitro_rt.errors import ConfigError, TrainingError
 
 RUN_FILE = "run.json"
+LATENT_PX = 8
+"""Pixels per latent, in each direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +51,32 @@ class TextEncoders:
     tokenizer: CLIPTokenizer
     first: CLIPTextModel
     second: CLIPTextModelWithProjection
+    tokenizer_2: CLIPTokenizer | None = None
+    """The second encoder's, where it is another: SDXL's own pads with "!". Both of a small model share one."""
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """[B, T] int64; both encoders of a small model share one vocabulary."""
-        encoded = self.tokenizer(
-            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = encoded.input_ids
-        return ids
+        """What `encode` takes: [B, T] int64, or [B, 2, T] where each encoder has a tokenizer of its own."""
+        ids = _tokenize(self.tokenizer, captions)
+        return ids if self.tokenizer_2 is None else torch.stack([ids, _tokenize(self.tokenizer_2, captions)], dim=1)
 
-    def encode(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt embeddings [B, T, C] (penultimate layers of both, side by side) and the second's pooled vector [B, P]."""
-        first = self.first(input_ids_BT, output_hidden_states=True)
-        second = self.second(input_ids_BT, output_hidden_states=True)
+        ids = input_ids.to(self.first.device)
+        first_ids, second_ids = ids.unbind(1) if ids.ndim == 3 else (ids, ids)
+        first = self.first(first_ids, output_hidden_states=True)
+        second = self.second(second_ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
 
     def modules(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.first, "text_encoder_2": self.second}
+
+
+def _tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    encoded = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    ids: Tensor = encoded.input_ids
+    return ids
 
 
 def build_text_encoders(config: ModelConfig, tokenizer: CLIPTokenizer) -> TextEncoders:
@@ -117,7 +128,7 @@ def time_ids(batch: int, size_px: int) -> Tensor:
 
 def predict_noise(unet: nn.Module, latents_B4hw: Tensor, times_B: Tensor, embeds_BTC: Tensor, pooled_BP: Tensor) -> Tensor:
     """The UNet's noise prediction, [B, 4, h, w] float32; `times_B` is what the network is told."""
-    ids = time_ids(len(latents_B4hw), latents_B4hw.shape[-1] * 8)
+    ids = time_ids(len(latents_B4hw), latents_B4hw.shape[-1] * LATENT_PX).to(latents_B4hw.device)
     added = {"text_embeds": pooled_BP, "time_ids": ids}
     sample: Tensor = unet(latents_B4hw, times_B, embeds_BTC, added_cond_kwargs=added, return_dict=False)[0]
     return sample.float()
@@ -145,9 +156,10 @@ def save_checkpoint(
         hidden.parent.mkdir(parents=True, exist_ok=True)
         pipeline = StableDiffusionXLPipeline(
             vae=_half(vae), text_encoder=_half(text.first), text_encoder_2=_half(text.second), tokenizer=text.tokenizer,
-            tokenizer_2=text.tokenizer, unet=_half(unet), scheduler=lcm_scheduler(), add_watermarker=False,
+            tokenizer_2=text.tokenizer_2 or text.tokenizer, unet=_half(unet), scheduler=lcm_scheduler(), add_watermarker=False,
         )  # fmt: skip
         pipeline.save_pretrained(hidden, safe_serialization=True)
+        _forget_origin(hidden)
         (hidden / RUN_FILE).write_text(json.dumps(run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -159,6 +171,14 @@ def save_checkpoint(
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         raise TrainingError(f"cannot write the checkpoint {folder}: {exc}") from exc
+
+
+def _forget_origin(folder: Path) -> None:
+    """Drop the paths that the parts were loaded from out of their configs: they mean nothing to anybody else."""
+    for path in folder.glob("*/*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _half(module: Any) -> Any:

@@ -13,50 +13,79 @@ from typing import Any
 from nitro_rt.errors import ConfigError, ModelNotFound
 from nitro_training.autoencoder import AutoencoderConfig, DecoderConfig
 from nitro_training.emoji import EmojiConfig
+from nitro_training.loop import LoopConfig
 from nitro_training.model import ModelConfig
-from nitro_training.pool import PoolConfig
+from nitro_training.pool import HeadOptimizerConfig, PoolConfig
+from nitro_training.prompts import PromptsConfig
+from nitro_training.regression import RegressionConfig
+from nitro_training.samples import TeacherSourceConfig
+from nitro_training.sources import BackboneConfig
 from nitro_training.student import StudentConfig
 from nitro_training.teacher import TeacherConfig
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What the run is called, and where its data lie."""
+    """What the run is called and what it makes."""
 
     name: str
+    trains: str
+    """`student` (NitroFusion) or `teacher` (a small model of one's own)."""
     licence: str
-    data: str
-    """The data set's folder; relative to the working folder."""
+    """Of the weights; goes into every bundle built from them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where a small teacher's data lie. Paths are relative to the folder that the command runs in."""
+
+    folder: str
+    """The data set, made by `make emoji-data`."""
     concepts: str
     """The concept list; relative to the recipe."""
     vocabulary: str
-    """open_clip's vocabulary (wheel or .txt.gz); relative to the working folder."""
+    """open_clip's vocabulary (wheel or .txt.gz)."""
     num_merges: int = 3000
     """How many of its merges the tokenizer keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that decides a run."""
+class TeacherRecipe:
+    """Everything that decides a small teacher: autoencoder, text encoders, UNet."""
 
     version: int
     run: RunConfig
+    data: DataConfig
     emoji: EmojiConfig = field(default_factory=EmojiConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe:
+    """Everything that decides a one-to-four-step student."""
+
+    version: int
+    run: RunConfig
+    prompts: PromptsConfig
+    teacher: TeacherSourceConfig
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    heads: HeadOptimizerConfig = field(default_factory=HeadOptimizerConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-
-    def __post_init__(self) -> None:
-        if self.version != RECIPE_VERSION:
-            raise ConfigError(f"the recipe has version {self.version}, this nitro-rt reads {RECIPE_VERSION}")
+    loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-def read_recipe(path: Path) -> Recipe:
+_KINDS: dict[str, type[TeacherRecipe] | type[StudentRecipe]] = {"student": StudentRecipe, "teacher": TeacherRecipe}
+
+
+def read_recipe(path: Path) -> TeacherRecipe | StudentRecipe:
     """Raises: ModelNotFound if there is no such file, ConfigError naming the key that is wrong."""
     if not path.is_file():
         raise ModelNotFound(f"no recipe at {path}; the project's own are in training/recipes")
@@ -64,8 +93,33 @@ def read_recipe(path: Path) -> Recipe:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
-    recipe = _read(Recipe, data, path.name)
-    assert isinstance(recipe, Recipe)
+    if data.get("version") != RECIPE_VERSION:
+        raise ConfigError(
+            f"{path.name} has recipe version {data.get('version')!r}, this nitro-rt reads {RECIPE_VERSION}; "
+            "compare it with the recipes in training/recipes"
+        )
+    run = data.get("run")
+    trains = run.get("trains") if isinstance(run, dict) else None
+    if trains not in _KINDS:
+        raise ConfigError(f"{path.name}: run: trains must be one of {', '.join(_KINDS)}, found {trains!r}")
+    recipe = _read(_KINDS[trains], data, path.name)
+    assert isinstance(recipe, (TeacherRecipe, StudentRecipe))
+    return recipe
+
+
+def read_teacher_recipe(path: Path) -> TeacherRecipe:
+    """Raises: ConfigError if the recipe trains a student, and as `read_recipe`."""
+    recipe = read_recipe(path)
+    if not isinstance(recipe, TeacherRecipe):
+        raise ConfigError(f"{path.name} trains a {recipe.run.trains}; this needs a recipe that trains a teacher")
+    return recipe
+
+
+def read_student_recipe(path: Path) -> StudentRecipe:
+    """Raises: ConfigError if the recipe trains a teacher, and as `read_recipe`."""
+    recipe = read_recipe(path)
+    if not isinstance(recipe, StudentRecipe):
+        raise ConfigError(f"{path.name} trains a {recipe.run.trains}; this needs a recipe that trains a student")
     return recipe
 
 

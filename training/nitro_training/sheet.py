@@ -14,9 +14,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from nitro_rt.errors import ModelNotFound
 from nitro_training import script
+from nitro_training.generator import draw_student
 from nitro_training.model import TextEncoders
-from nitro_training.student import draw_student
-from nitro_training.teacher import sample
+from nitro_training.samplers import sample
 
 HELDOUT = "heldout:"
 
@@ -99,17 +99,18 @@ def sheet(prompts: list[str], columns: dict[str, Tensor], prompts_per_row: int =
 
 
 def main() -> None:
-    """`python -m nitro_training.sheet`: draw the sheet of a run."""
+    """`python -m nitro_training.sheet`: draw a student's run beside its teacher."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m nitro_training.sheet", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="a run's folder, with `teacher` and `checkpoint` in it")
+    parser.add_argument("run", type=Path, help="the folder of a student's run, with `checkpoint` in it")
+    parser.add_argument("--teacher", type=Path, required=True, help="the teacher's checkpoint folder")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     prompts = read_prompts(options.prompts)
-    teacher, student = Checkpoint.load(options.run / "teacher"), Checkpoint.load(options.run / "checkpoint")
+    teacher, student = Checkpoint.load(options.teacher), Checkpoint.load(options.run / "checkpoint")
     sheet(prompts, draw_columns(teacher, student, prompts, options.seed)).save(options.out, optimize=True)
     print(options.out)
 

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,7 +14,7 @@ from nitro_rt.errors import ConfigError
 from nitro_rt.schedule import alphas_cumprod_from_config
 from nitro_training.checkpoint import RunState
 from nitro_training.latents import CaptionedLatents
-from nitro_training.loop import Losses, learning_rate, set_learning_rate
+from nitro_training.loop import Losses, learning_rate, set_learning_rate, step_generator
 from nitro_training.model import TextEncoders, predict_noise
 
 
@@ -22,6 +22,9 @@ from nitro_training.model import TextEncoders, predict_noise
 class TeacherConfig:
     """Training of the teacher."""
 
+    start: str = ""
+    """A checkpoint folder whose UNet and text encoders the training goes on from, with a fresh optimiser; empty means from
+    random weights."""
     num_steps: int = 6000
     batch: int = 32
     peak_lr: float = 8e-4
@@ -66,8 +69,8 @@ class TeacherStage:
     def state(self) -> RunState:
         return RunState(modules={**self.trained, **self.ema}, optimizers={"teacher": self.optimizer})
 
-    def step(self, step: int, generator: torch.Generator) -> Losses:
-        config = self.config
+    def step(self, step: int) -> Losses:
+        config, generator = self.config, step_generator(self.seed, step)
         rate = learning_rate(step, peak=config.peak_lr, num_steps=config.num_steps, warmup_steps=config.warmup_steps)
         set_learning_rate(self.optimizer, rate)
         latents, rows = self.data.draw(config.batch, generator)
@@ -110,29 +113,3 @@ def update_ema(averages: dict[str, nn.Module], trained: dict[str, nn.Module], de
     for name, module in trained.items():
         for average, parameter in zip(averages[f"{name}_ema"].parameters(), module.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
-
-
-@torch.no_grad()
-def sample(
-    unet: nn.Module, embeds_BTC: Tensor, pooled_BP: Tensor, noise_B4hw: Tensor, *, num_steps: int, guidance: float
-) -> Tensor:
-    """x0 [B, 4, h, w] by DPM-Solver++ (2M) with classifier-free guidance; deterministic in its arguments.
-
-    Args:
-        noise_B4hw: x_T, standard normal.
-        guidance: weight of the conditional direction; 1 means none.
-    """
-    scheduler = DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, timestep_spacing="trailing"
-    )
-    scheduler.set_timesteps(num_steps)
-    embeds = torch.cat([embeds_BTC, torch.zeros_like(embeds_BTC)])
-    pooled = torch.cat([pooled_BP, torch.zeros_like(pooled_BP)])
-    x = noise_B4hw
-    for time in scheduler.timesteps:
-        doubled = torch.cat([x, x])
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = predict_noise(unet, doubled, time.expand(len(doubled)), embeds, pooled)
-        conditional, null = prediction.chunk(2)
-        x = scheduler.step(null + guidance * (conditional - null), time, x, return_dict=False)[0]
-    return x
