@@ -298,7 +298,12 @@ def test_the_defaults_that_build_shows_are_the_request_s() -> None:
     assert default.steps == (1,) and default.size_px is default.shift is default.out is None and default.targets == ()
 
 
-def test_train_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+TRAIN = ["train", "r.toml", "--out", "o", "--max-steps", "3", "--resume", "--allow-changed"]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `nitro_training` was asked for."""
     import nitro_training
 
     asked: list[Any] = []
@@ -306,15 +311,39 @@ def test_train_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     def train(recipe: Path, *, report: Any, **options: Any) -> Path:
         asked.append((recipe, options))
         for done in range(1001):
-            report("teacher", done, 1000, {"loss": 0.5})
+            report("student", done, 1000, {"d_loss": 0.5, "d_loss/t10": 0.4, "g_loss": 0.25, "g_grad_norm": 1.0})
         return Path("runs/x/checkpoint")
 
+    def describe(recipe: Path, max_steps: int | None) -> str:
+        asked.append((recipe, max_steps))
+        return "student: 3 steps"
+
     monkeypatch.setitem(vars(nitro_training), "train", train)  # setattr would import the real one, and torch
-    assert main(["train", "r.toml", "--out", "o", "--max-steps", "3", "--resume", "--dry-run"]) == 0
-    assert asked == [(Path("r.toml"), {"out": Path("o"), "max_steps": 3, "resume": True, "dry_run": True})]
+    monkeypatch.setitem(vars(nitro_training), "describe", describe)
+    return asked
+
+
+def test_train_passes_on_what_was_said(trained: list[Any], capsys: Capture) -> None:
+    assert main(TRAIN) == 0
+    assert trained == [(Path("r.toml"), {"out": Path("o"), "max_steps": 3, "resume": True, "allow_changed": True})]
     captured = capsys.readouterr()
     assert captured.out == "runs/x/checkpoint\n"
-    assert captured.err == "teacher: 0 of 1000 loss 0.5\nteacher: 1000 of 1000 loss 0.5\n"
+    first, last = captured.err.splitlines()
+    assert first == "student: 0 of 1000 d_loss 0.5, g_loss 0.25", "of some twenty numbers those that fit into a line"
+    assert last == "student: 1000 of 1000 d_loss 0.5, g_loss 0.25"
+
+
+def test_a_dry_run_describes_and_does_not_train(trained: list[Any], capsys: Capture) -> None:
+    assert main([*TRAIN, "--dry-run"]) == 0
+    assert trained == [(Path("r.toml"), 3)]
+    assert capsys.readouterr().out == "student: 3 steps\n"
+
+
+def test_of_several_processes_the_first_speaks(trained: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(TRAIN) == main([*TRAIN, "--dry-run"]) == 0
+    assert len(trained) == 1, "all train, one describes"
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("command", ["build", "train"])

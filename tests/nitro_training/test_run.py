@@ -1,189 +1,310 @@
-"""A whole tiny run: autoencoder, teacher, pairs, student, decoder, checkpoint; and what happens when it is stopped."""
+"""Whole tiny runs: a teacher from icons, a student from that teacher; what they leave, how they go on, what stops them."""
 
 from __future__ import annotations
 
-import gzip
 import json
+import math
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_run import changed, require_same_state, train
+from torch import nn
 
-from nitro_rt.errors import ConfigError, TrainingError
-from nitro_training import checkpoint, loop, train
-from nitro_training.emoji import build_dataset
-from nitro_training.recipe import read_recipe
+from nitro_engines import BuildRequest, build, plan
+from nitro_rt import Pipeline
+from nitro_rt.errors import ConfigError, ModelNotFound, TrainingError
+from nitro_training import checkpoint, describe, run
+from nitro_training.student import StudentStage
 
-ICONS = Path(__file__).parents[1] / "data" / "npm"
-RECIPE = """version = 1
-[run]
-name = "tiny"
-licence = "Apache-2.0"
-data = "{data}"
-concepts = "concepts.txt"
-vocabulary = "{vocabulary}"
-num_merges = 4
-[emoji]
-packs = ["noto", "fluent-emoji-flat"]
-size_px = 64
-[autoencoder]
-num_steps = 2
-batch = 2
-[decoder]
-num_steps = 2
-batch = 2
-[model]
-text_widths = [16, 16]
-channels = [16, 32, 32]
-norm_groups = 8
-heads = [1, 2, 2]
-[teacher]
-num_steps = 3
-batch = 2
-[pool]
-width = 32
-num_blocks = 1
-[student]
-warmup_steps = 2
-adversarial_steps = 2
-batch = 2
-num_pairs = 8
-teacher_steps = 2
-"""
+Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "concepts.txt").write_text("# food\nred apple = apple\nbanana\n", encoding="utf-8")
-    with gzip.open(folder / "merges.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("header\na p\np l\nap pl\nb a\n")
-    path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(data=folder / "data", vocabulary=folder / "merges.txt.gz"), encoding="utf-8")
-    build_dataset(read_recipe(path).emoji, folder / "concepts.txt", ICONS, folder / "data")
+@pytest.fixture
+def copied(student_run: Path, tmp_path: Path) -> Path:
+    """A finished student's run, to be changed."""
+    return Path(shutil.copytree(student_run, tmp_path / "run"))
+
+
+def variant(recipe: Path, folder: Path, **values: object) -> Path:
+    path = folder / "variant.toml"
+    path.write_text(changed(recipe.read_text(), **values), encoding="utf-8")
     return path
 
 
-@pytest.fixture(scope="module")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "tiny"
-    assert train(recipe, out=out) == out / "checkpoint"
-    return out
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_diffusers_loads_the_checkpoint_unmodified(finished: Path) -> None:
-    pipe = StableDiffusionXLPipeline.from_pretrained(finished / "checkpoint", dtype=torch.float32)
+# ---- what a run leaves ----
+
+
+@pytest.mark.parametrize("kind", ["teacher_run", "student_run"])
+def test_diffusers_loads_the_checkpoint_unmodified(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind) / "checkpoint"
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe("an apple", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and pipe.vae.config.scaling_factor == 1.0
 
 
-def test_the_checkpoint_is_half_precision_safetensors_only(finished: Path) -> None:
-    weights = list((finished / "checkpoint").rglob("*.safetensors"))
+@pytest.mark.parametrize("kind", ["teacher_run", "student_run"])
+def test_the_checkpoint_is_half_precision_safetensors_only(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind) / "checkpoint"
+    weights = list(folder.rglob("*.safetensors"))
     assert len(weights) == 4
     assert all(t.dtype == torch.float16 for path in weights for t in load_file(path).values() if t.is_floating_point())
-    assert not [path for path in (finished / "checkpoint").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 
-def test_run_json_says_what_was_run(finished: Path) -> None:
-    facts = json.loads((finished / "checkpoint" / "run.json").read_text())
-    assert facts["shifted_timestep"] == 500
-    assert facts["steps_done"] == {"autoencoder": 2, "teacher": 3, "student": 4, "decoder": 2}
-    assert facts["recipe"]["teacher"]["num_steps"] == 3
+def test_the_student_is_another_than_its_teacher_in_the_unet_alone(teacher_run: Path, student_run: Path) -> None:
+    weights = "diffusion_pytorch_model.safetensors"
+    for part, is_same in ((f"unet/{weights}", False), (f"vae/{weights}", True), ("text_encoder/model.safetensors", True)):
+        teacher, student = (load_file(run / "checkpoint" / part) for run in (teacher_run, student_run))
+        assert all(torch.equal(value, student[key]) for key, value in teacher.items()) == is_same, part
 
 
-def test_a_run_is_not_overwritten_without_resume(recipe: Path, finished: Path) -> None:
-    with pytest.raises(TrainingError, match=r"already holds a run; add --resume"):
-        train(recipe, out=finished)
+def test_run_json_says_what_was_run(student_run: Path, teacher_run: Path) -> None:
+    facts = json.loads((student_run / "checkpoint" / "run.json").read_text())
+    assert facts == json.loads((student_run / "run.json").read_text())
+    assert (facts["name"], facts["licence"], facts["shifted_timestep"]) == ("tiny", "Apache-2.0", 500)
+    assert facts["steps_done"] == {"regression": 3, "student": 6}
+    recipe = facts["recipe"]
+    assert recipe["student"]["stage_steps"] == [2, 1, 1, 2] and recipe["pool"]["drawn_per_cell"] == 1, "defaults too"
+    assert [recipe[section]["seed"] for section in ("regression", "pool", "student", "teacher")] == [53, 41, 51, 61]
+    assert facts["versions"]["torch"] == torch.__version__ and {"diffusers", "accelerate"} < facts["versions"].keys()
+    assert set(facts["teacher_sha256"]) == {"unet", "text_encoders", "vae"} and len(facts["prompts_sha256"]) == 64
+    assert facts["processes"]["num_processes"] == 1 and facts["processes"]["ranks"][0]["rank"] == 0
+    teacher = json.loads((teacher_run / "run.json").read_text())
+    assert teacher["steps_done"] == {"autoencoder": 2, "teacher": 3, "decoder": 2} and teacher["shifted_timestep"] == 1000
+    assert set(teacher["data_sha256"]) == {"images.safetensors", "records.jsonl", "prompts.txt"}
 
 
-def test_a_stopped_run_resumes_bit_for_bit(recipe: Path, finished: Path, tmp_path: Path) -> None:
-    """Stopped in every stage after one step, and again after two, the run ends with the uninterrupted run's weights."""
-    for max_steps in (1, 2, None):
-        train(recipe, out=tmp_path, max_steps=max_steps, resume=True)
-    for part in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
-        for kind in ("teacher", "checkpoint"):
-            expected = load_file(finished / kind / f"{part}.safetensors")
-            actual = load_file(tmp_path / kind / f"{part}.safetensors")
-            assert all(torch.equal(actual[key], value) for key, value in expected.items()), (kind, part)
+def test_build_takes_the_checkpoint(student_run: Path, tmp_path: Path) -> None:
+    found = plan(BuildRequest(model=str(student_run / "checkpoint"), steps=(1, 4), out=tmp_path / "bundle"))
+    assert "steps 1, 4; 64 px" in "\n".join(found.lines()) and "shift 500" in "\n".join(found.lines())
 
 
-def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(
-    recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_build_makes_a_bundle_of_the_checkpoint(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NITRO_RT_CACHE", str(tmp_path / "cache"))
+    request = BuildRequest(model=str(student_run / "checkpoint"), steps=(1,), backend="onnxruntime", out=tmp_path / "bundle")
+    manifest = build(request).manifest
+    assert (manifest.source.licence, manifest.schedule.shift) == ("Apache-2.0", 500)
+    with Pipeline.load(tmp_path / "bundle") as pipe:
+        assert pipe("an apple", seed=7).images[0].size == (64, 64)
+
+
+# ---- how it goes on ----
+
+
+def test_a_run_is_not_overwritten_without_resume(student_recipe: Path, student_run: Path) -> None:
+    before = contents(student_run)
+    with pytest.raises(TrainingError, match=r"already holds a run; add --resume to go on with it, or choose another --out"):
+        train(student_recipe, student_run)
+    assert contents(student_run) == before
+
+
+def test_allow_changed_needs_resume(student_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--allow-changed goes on with a run .* it needs --resume"):
+        train(student_recipe, tmp_path / "run", allow_changed=True)
+
+
+def test_a_teacher_stopped_in_every_stage_ends_where_it_would_have(
+    teacher_recipe: Path, teacher_run: Path, tmp_path: Path
 ) -> None:
-    """The student's second step dies after a checkpoint of the first; the trace then equals the uninterrupted one."""
-    shutil.copytree(finished, tmp_path / "run")
-    run = tmp_path / "run"
-    for name in ("student.safetensors", "student.loss.jsonl"):
-        (run / name).unlink()
-    train(recipe, out=run, max_steps=3, resume=True)
-
-    def die(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "_require_finite", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, out=run, resume=True)
-    train(recipe, out=run, resume=True)
-    expected, actual = load_file(finished / "student.safetensors"), load_file(run / "student.safetensors")
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    for max_steps in (1, 2, None):
+        train(teacher_recipe, tmp_path, max_steps=max_steps, resume=True)
+    for name in ("autoencoder", "teacher", "decoder"):
+        require_same_state(teacher_run / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+    for part in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
+        expected, found = (load_file(run / "checkpoint" / f"{part}.safetensors") for run in (teacher_run, tmp_path))
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), part
 
 
-def test_a_changed_recipe_does_not_resume(recipe: Path, finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    changed = recipe.parent / "changed.toml"
-    changed.write_text(recipe.read_text().replace("num_steps = 3", "num_steps = 5"), encoding="utf-8")
-    with pytest.raises(TrainingError, match=r"teacher.safetensors was written with other options"):
-        train(changed, out=tmp_path / "run", resume=True)
+def test_a_trial_is_not_taken_for_the_beginning_of_the_run(student_recipe: Path, student_run: Path, tmp_path: Path) -> None:
+    """Two steps of everything see fewer of the teacher's samples; the run then begins both stages again."""
+    train(student_recipe, tmp_path, max_steps=2)
+    assert json.loads((tmp_path / "run.json").read_text())["steps_done"] == {"regression": 2, "student": 2}
+
+    def interrupt(stage: str, done: int, *progress: object) -> None:
+        if stage == "student":
+            assert done == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(student_recipe, tmp_path, resume=True, report=interrupt)
+    require_same_state(student_run / "regression.safetensors", tmp_path / "regression.safetensors")
+    assert (student_run / "regression.loss.jsonl").read_text() == (tmp_path / "regression.loss.jsonl").read_text()
 
 
-def test_a_damaged_state_is_said(recipe: Path, finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    state = tmp_path / "run" / "teacher.safetensors"
+def test_a_trial_does_not_throw_away_a_run(student_recipe: Path, copied: Path) -> None:
+    before = contents(copied)
+    with pytest.raises(TrainingError, match=r"regression.safetensors holds 3 steps .* leave out --max-steps"):
+        train(student_recipe, copied, max_steps=1, resume=True)
+    assert {name: contents(copied)[name] for name in before} == before
+
+
+def test_a_changed_recipe_is_refused_by_option_and_nothing_is_lost(student_recipe: Path, copied: Path, tmp_path: Path) -> None:
+    before = contents(copied)
+    recipe = variant(student_recipe, tmp_path, student_lr="2e-4", pool_refresh_rate="0.1")
+    with pytest.raises(TrainingError) as caught:
+        train(recipe, copied, resume=True)
+    message = str(caught.value)
+    assert "student.safetensors was trained with other options" in message and "--allow-changed" in message
+    assert "student.lr was 0.0001, now 0.0002" in message and "pool.refresh_rate was 0.05, now 0.1" in message
+    assert contents(copied) == before
+
+
+def test_a_changed_recipe_goes_on_where_it_is_allowed(student_recipe: Path, copied: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, student_stage_steps="[2, 1, 1, 3]")
+    seen: list[tuple[str, int]] = []
+    train(recipe, copied, resume=True, allow_changed=True, report=lambda name, done, *rest: seen.append((name, done)))
+    assert [entry for entry in seen if entry[0] != "samples"] == [("student", 7)]
+    facts = json.loads((copied / "run.json").read_text())
+    assert facts["steps_done"]["student"] == 7 and facts["recipe"]["student"]["stage_steps"] == [2, 1, 1, 3]
+
+
+def test_how_a_run_is_logged_may_change(student_recipe: Path, copied: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, loop_log_every="7", loop_checkpoint_every_s="1e6")
+    assert train(recipe, copied, resume=True) == copied / "checkpoint"
+
+
+# ---- what stops it ----
+
+
+def test_a_damaged_state_is_said(student_recipe: Path, copied: Path) -> None:
+    state = copied / "student.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match=r"teacher.safetensors is damaged"):
-        train(recipe, out=tmp_path / "run", resume=True)
+    with pytest.raises(TrainingError, match=r"student.safetensors is damaged: .*; remove it"):
+        train(student_recipe, copied, resume=True)
 
 
-def test_a_folder_that_cannot_be_written_is_said(recipe: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_version_is_said(student_recipe: Path, copied: Path) -> None:
+    state = copied / "student.safetensors"
+    save_file(load_file(state), state, metadata={**checkpoint.read_metadata(state), "schema_version": "1"})
+    with pytest.raises(TrainingError, match=r"student.safetensors has state version 1, this nitro-rt reads 2"):
+        train(student_recipe, copied, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_said(student_recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrainingError, match="cannot write to"):
-        train(recipe, out=tmp_path / "file" / "run")
+        train(student_recipe, tmp_path / "file" / "run")
 
 
-def test_a_full_disk_keeps_the_state_before(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = tmp_path / "teacher.safetensors"
-    shutil.copy(finished / "teacher.safetensors", state)
-    before = state.read_bytes()
+def test_two_processes_do_not_train_in_one_folder(student_recipe: Path, copied: Path) -> None:
+    from filelock import FileLock
 
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainingError, match="No space left on device; what was there before is kept"):
-        checkpoint.write_tensors(state, {"x": torch.zeros(1)}, {})
-    assert state.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
+    with FileLock(copied / ".lock"), pytest.raises(TrainingError, match="another process is training in"):
+        train(student_recipe, copied, resume=True)
 
 
-def test_a_dry_run_changes_nothing(recipe: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
-    train(recipe, out=tmp_path / "run", dry_run=True, report=lambda stage, done, total, losses: seen.append(stage))
-    assert seen == ["autoencoder", "teacher", "pairs", "student", "decoder"]
-    assert not (tmp_path / "run").exists()
+def test_no_room_is_said_before_training(student_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 100_000))
+    stages: list[str] = []
+    with pytest.raises(TrainingError, match=r"the states of 'regression' need .* make room, or choose another --out"):
+        train(student_recipe, tmp_path / "run", report=lambda name, *rest: stages.append(name))
+    assert set(stages) == {"samples"}
 
 
-def test_data_made_with_other_options_are_refused(recipe: Path, tmp_path: Path) -> None:
-    changed = recipe.parent / "other-data.toml"
-    changed.write_text(recipe.read_text().replace("size_px = 64", "size_px = 128"), encoding="utf-8")
+def test_a_missing_teacher_is_said_and_leaves_nothing(student_recipe: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, teacher_checkpoint=f'"{tmp_path}/none"')
+    with pytest.raises(ModelNotFound, match=r"teacher.checkpoint: no checkpoint at .*none"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists(), "it can be started again without --resume"
+
+
+def test_missing_prompts_are_said(student_recipe: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, prompts_files='["none.txt"]')
+    with pytest.raises(ModelNotFound, match=r"prompts.files: cannot read none.txt"):
+        train(recipe, tmp_path / "run")
+
+
+def test_one_step_weights_of_another_architecture_are_said(student_recipe: Path, teacher_run: Path, tmp_path: Path) -> None:
+    unet = Path(shutil.copytree(teacher_run / "checkpoint" / "unet", tmp_path / "unet"))
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps({**config, "attention_head_dim": [1, 4, 4]}))
+    recipe = variant(student_recipe, tmp_path, student_init=f'"{unet}"')
+    with pytest.raises(ConfigError, match=r"student.init: the UNet at .* has attention_head_dim \[1, 4, 4\]"):
+        train(recipe, tmp_path / "run")
+
+
+def test_crops_larger_than_the_latents_are_said(student_recipe: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, pool_crop_latents="16")
+    with pytest.raises(ConfigError, match=r"pool.crop_latents = 16 is larger than the latents \(8x8\); use at most 8"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_samples_of_another_teacher_are_said(
+    part: str, student_recipe: Path, teacher_run: Path, copied: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(teacher_run / "checkpoint", tmp_path / "other"))
+    path = other / part / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + 0.001 for key, value in load_file(path).items()}, path)
+    recipe = variant(student_recipe, tmp_path, teacher_checkpoint=f'"{other}"')
+    before = contents(copied)
+    with pytest.raises(TrainingError, match=rf"was made with other options: {part} \(SHA-256\) was \w+\.\.\., now"):
+        train(recipe, copied, resume=True)
+    assert contents(copied) == before
+
+
+def test_a_weight_that_becomes_nan_stops_the_run_and_the_last_state_goes_on(
+    student_recipe: Path, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of = StudentStage.step
+
+    def poisoned(stage: StudentStage, step: int) -> dict[str, float]:
+        if step == 2:
+            nn.init.constant_(stage.unet.conv_in.bias, math.nan)
+        return step_of(stage, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StudentStage, "step", poisoned)
+        with pytest.raises(TrainingError, match=r"student: not finite at step 3: d_loss is nan, g_loss is nan, .* last good"):
+            train(student_recipe, tmp_path)
+    assert checkpoint.steps_done(tmp_path / "student.safetensors") == 2
+    train(student_recipe, tmp_path, resume=True)
+    require_same_state(student_run / "student.safetensors", tmp_path / "student.safetensors")
+    assert (student_run / "student.loss.jsonl").read_text() == (tmp_path / "student.loss.jsonl").read_text()
+
+
+def test_divergence_stops_the_run_by_step_and_term(student_recipe: Path, tmp_path: Path) -> None:
+    recipe = variant(student_recipe, tmp_path, loop_loss_limit="1e-3")
+    with pytest.raises(TrainingError, match=r"regression: \w+ is [\d.]+ at step 1, beyond loop.loss_limit = 0.001"):
+        train(recipe, tmp_path / "run")
+
+
+def test_data_made_with_other_options_are_refused(teacher_recipe: Path, tmp_path: Path) -> None:
+    recipe = variant(teacher_recipe, tmp_path, emoji_size_px="128")
     with pytest.raises(ConfigError, match=r"made with other \[emoji\] options"):
-        train(changed, out=tmp_path / "run")
+        train(recipe, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage_by_name() -> None:
-    with pytest.raises(TrainingError, match=r"student: g_loss became nan at step 7"):
-        loop._require_finite("student", 7, {"regression": 1.0, "g_loss": float("nan")})
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_no_steps_are_refused(max_steps: int, student_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-steps must be at least 1"):
+        train(student_recipe, tmp_path / "run", max_steps=max_steps)
+
+
+# ---- what it would do ----
+
+
+def test_a_teacher_is_described_without_a_trace(teacher_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert describe(teacher_recipe, 2) == "autoencoder: 2 steps\nteacher: 2 steps\ndecoder: 2 steps"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_is_described_by_its_plan(student_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "plan", lambda recipe: recipe)
+    monkeypatch.setattr(run, "render", lambda planned: f"the plan of {planned.run.name}")
+    assert describe(student_recipe) == "the plan of tiny"
+    assert not list(tmp_path.iterdir())
