@@ -86,10 +86,10 @@ class Graph:
     files: tuple[FileRef, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parity_max_abs: float
-    """Largest difference from torch, measured right after export on seeded inputs."""
+    parity_max_abs: float | None
+    """Largest difference from torch, measured right after export on seeded inputs; None where `note` says why not."""
     compute_dtype: str = "float32"
-    """What this stage's network computes in: float16 or float32 (a decoder may stay at float32 in an fp16 export)."""
+    """What this stage's network computes in: float16, bfloat16 or float32 (a decoder may stay at float32)."""
     note: str = ""
     """Why, where it is not what `precision` asked for."""
 
@@ -104,7 +104,7 @@ class GraphsManifest:
     size_px: int
     batch: int
     precision: str
-    """fp32 or fp16: the type that the graphs compute in."""
+    """fp32, fp16 or bf16: the type that the graphs compute in; int8 or fp8: of their quantised operators."""
     text: Graph
     denoise: dict[int, Graph]
     """By number of steps."""
@@ -112,6 +112,8 @@ class GraphsManifest:
     tokenizers: tuple[TokenizerSpec, ...]
     toolchain: dict[str, str]
     """Package -> version, of everything that shaped the graphs."""
+    quantisation: dict[str, Any] | None = None
+    """The recipe: amax, prompt-set hash, seed, layers kept high; None where nothing is quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from checkpoints import make_tiny_sdxl
 from nitro_export.checkpoint import checkpoint_sha256
+from nitro_export.weights import DTYPES, TensorSpec, open_unet, write_safetensors
 from nitro_rt.cli import main
-from nitro_rt.errors import ConfigError, ModelNotFound, NitroError, TrainingError
+from nitro_rt.errors import ConfigError, ExportError, ModelNotFound, NitroError, TrainingError
 from nitro_rt.manifest import sha256_of
 from nitro_training import publish
 from nitro_training.transfer import add_difference, transfer
-from nitro_training.weights import DTYPES, TensorSpec, open_unet, write_safetensors
 
 UNET_FILE = Path("unet/diffusion_pytorch_model.safetensors")
 Weights = dict[str, Tensor]
@@ -268,7 +268,7 @@ def _shard_outside(folder: Path) -> Path:
         (_pickle_folder, ModelNotFound, "found: diffusion_pytorch_model.bin"),
         (_quantised, ConfigError, "conv_in.weight has the number type I8"),
         (_no_unet, ConfigError, "holds no UNet.*first text_model.weight"),
-        (_cut, TrainingError, "is damaged"),
+        (_cut, ExportError, "is damaged"),
         (_shard_missing, ModelNotFound, "lacks diffusion_pytorch_model-00002-of-00003"),
         (_shard_outside, ConfigError, "not beside it; refused"),
     ],

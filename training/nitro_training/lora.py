@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nitro_export.weights import TensorSpec, UNetWeights, open_unet, require_same_layout, shift_of, write_safetensors
 from nitro_rt.errors import BackendUnavailable, ConfigError
 from nitro_rt.manifest import sha256_of
 from nitro_training.likeness import Gallery, Likeness, likeness
 from nitro_training.publish import published, require_free
 from nitro_training.sheet import HELDOUT, read_prompts
-from nitro_training.weights import TensorSpec, UNetWeights, open_unet, require_same_layout, shift_of, write_safetensors
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with (stage, done, in all, figures)."""

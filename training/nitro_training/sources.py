@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from nitro_export.weights import UNetWeights, open_unet
 from nitro_rt.errors import BackendUnavailable, ConfigError, ModelNotFound, TrainingError
 from nitro_rt.manifest import sha256_of
 from nitro_training.model import LATENT_PX, TextEncoders
 from nitro_training.samplers import SAMPLERS
-from nitro_training.weights import UNetWeights, open_unet
 
 BACKBONES = ("teacher", "base")
 _ARCHITECTURE = (

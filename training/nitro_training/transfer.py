@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nitro_export.checkpoint import PART_CLASSES, TOKENIZER_FILES, WEIGHT_STEMS, Checkpoint, read_checkpoint
+from nitro_export.weights import STEM, UNetWeights, open_unet, require_same_layout, shift_of, write_safetensors
 from nitro_rt.errors import ConfigError
 from nitro_training.publish import published, require_free
-from nitro_training.weights import STEM, UNetWeights, open_unet, require_same_layout, shift_of, write_safetensors
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with (stage, tensors done, tensors in all, figures)."""

@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_c
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nitro_rt.errors import ConfigError, ModelNotFound, TrainingError
+from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
 from nitro_rt.manifest import sha256_of
 
 STEM = "diffusion_pytorch_model"
@@ -83,7 +83,7 @@ def open_unet(path: Path) -> Iterator[UNetWeights]:
     Args:
         path: a diffusers checkpoint folder, its `unet` folder, a shard index, or one .safetensors file, with the UNet alone
             or a whole checkpoint in the layout of ComfyUI (keys model.diffusion_model.*).
-    Raises: ModelNotFound if there is no UNet; ConfigError if it is a pickle, quantised, or no UNet; TrainingError if it is
+    Raises: ModelNotFound if there is no UNet; ConfigError if it is a pickle, quantised, or no UNet; ExportError if it is
         damaged.
     """
     checkpoint = path if path.is_dir() and ((path / "model_index.json").is_file() or (path / "unet").is_dir()) else None
@@ -103,7 +103,7 @@ def open_unet(path: Path) -> Iterator[UNetWeights]:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's run.json; empty where there is none. Raises: TrainingError if it is damaged."""
+    """A checkpoint's run.json; empty where there is none. Raises: ExportError if it is damaged."""
     path = checkpoint / "run.json"
     return _read_json(path) if path.is_file() else {}
 
@@ -210,7 +210,7 @@ def _weight_files_of_folder(folder: Path) -> tuple[Path, ...]:
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TrainingError(f"{index} has no weight_map; fetch the checkpoint again")
+        raise ExportError(f"{index} has no weight_map; fetch the checkpoint again")
     names = sorted({str(name) for name in weight_map.values()})
     if outside := [name for name in names if Path(name).name != name]:
         raise ConfigError(f"{index} names the file {outside[0]!r}, which is not beside it; refused")
@@ -226,7 +226,7 @@ def _open_files(files: tuple[Path, ...], stack: ExitStack) -> tuple[dict[str, Te
         try:
             file = stack.enter_context(safe_open(str(path), framework="pt"))
         except (SafetensorError, OSError) as exc:
-            raise TrainingError(f"{path} is damaged: {exc}; fetch it again") from exc
+            raise ExportError(f"{path} is damaged: {exc}; fetch it again") from exc
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             part = file.get_slice(key)
             if part.get_dtype() not in DTYPES:
@@ -266,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as exc:
-        raise TrainingError(f"{path} is not valid JSON: {exc}; fetch the checkpoint again") from exc
+        raise ExportError(f"{path} is not valid JSON: {exc}; fetch the checkpoint again") from exc
     if not isinstance(data, dict):
-        raise TrainingError(f"{path} holds a {type(data).__name__}, not an object; fetch the checkpoint again")
+        raise ExportError(f"{path} holds a {type(data).__name__}, not an object; fetch the checkpoint again")
     return data
