@@ -116,6 +116,21 @@ def checkpoint_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
+    """The safetensors files of a part: one, or its shards."""
+    files = _weight_files(checkpoint.folder / part, WEIGHT_STEMS[part], checkpoint.variants[part])
+    return [path for path in files if path.suffix == ".safetensors"]
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """The weight files in `folder`, which is a `part`, and, where they are shards, their index.
+
+    Raises: ModelNotFound if there are none; ExportError if there are pickles only.
+    """
+    stem = WEIGHT_STEMS[part]
+    return _weight_files(folder, stem, _variant(folder, stem))
+
+
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     folder = checkpoint.folder
     yield folder / "model_index.json"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -39,6 +41,10 @@ TOLERANCES = {
     ("denoise", "fp32"): Tolerance(relative=1e-3, mean=1e-4),
     # A value on the edge between two levels may round either way; nothing may move by two.
     ("decode", "fp32"): Tolerance(relative=1.01 / 255, mean=1e-3),
+    # bfloat16 carries 8 bits, float16 11: eight times as far.
+    ("text", "bf16"): Tolerance(relative=1.6e-1, mean=4e-2),
+    ("denoise", "bf16"): Tolerance(relative=2.4e-1, mean=8e-2),
+    ("decode", "bf16"): Tolerance(relative=64 / 255, mean=1.6e-1),
     # Weights and activations carry 11 bits (5e-4); layer upon layer adds up to a few per mille.
     ("text", "fp16"): Tolerance(relative=2e-2, mean=5e-3),
     ("denoise", "fp16"): Tolerance(relative=3e-2, mean=1e-2),
@@ -48,12 +54,14 @@ TOLERANCES = {
 
 
 def references(stage: Stage, inputs: Sequence[Sequence[Tensor]]) -> list[Arrays]:
-    """What the stage gives in float32 for each set of inputs; call it before the stage is halved."""
+    """What the stage gives in float32 for each set of inputs; call it before the stage is narrowed."""
     return [tuple(output.numpy() for output in _run_torch(stage, example)) for example in inputs]
 
 
-def check_half(name: str, stage: Stage, inputs: Sequence[Sequence[Tensor]], expected: Sequence[Arrays]) -> None:
-    """Whether the halved stage, in torch, stays finite and near float32.
+def check_narrow(
+    name: str, stage: Stage, inputs: Sequence[Sequence[Tensor]], expected: Sequence[Arrays], *, precision: str
+) -> None:
+    """Whether the narrowed stage, in torch, stays finite and near float32.
 
     ONNX Runtime computes float16 graphs in float32 on the CPU where it has no kernel, so it would not see an overflow.
     Raises: ExportError saying what to do instead.
@@ -66,8 +74,8 @@ def check_half(name: str, stage: Stage, inputs: Sequence[Sequence[Tensor]], expe
         else:
             found = tuple(output.float().numpy() for output in _run_torch(stage, example))
         if not all(np.isfinite(array).all() for array in found):
-            raise ExportError(f"{name}: the network overflows in float16 (NaN or infinity); {_half_advice(name)}")
-        _compare(name, "fp16", found, reference, f"in float16, torch; {_half_advice(name)}")
+            raise ExportError(f"{name}: the network overflows in {precision} (NaN or infinity); {_advice(name)}")
+        _compare(name, precision, found, reference, f"in {precision}, torch; {_advice(name)}")
 
 
 def check_graph(
@@ -81,7 +89,9 @@ def check_graph(
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        # ONNX Runtime has no bfloat16 on the CPU: the same graph is then computed in float32.
+        model = widened(path).SerializeToString() if precision == "bf16" else os.fspath(path)
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         worst = 0.0
         for example, reference in zip(inputs, expected, strict=True):
             example = as_inputs_of(stage, example)
@@ -93,6 +103,25 @@ def check_graph(
     except Exception as exc:  # ONNX Runtime's exceptions share no base class
         raise ExportError(f"{name}: ONNX Runtime refuses the graph: {exc}") from exc
     return worst
+
+
+def widened(path: Path) -> onnx.ModelProto:
+    """The graph in `path` with float32 wherever it says bfloat16, weights inside; for networks below protobuf's 2 GiB."""
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor(array.astype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else array.copy())
+    for node in model.graph.all_nodes():
+        for key, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.INT and node.op_type == "Cast" and attribute.value == ir.DataType.BFLOAT16:
+                node.attributes[key] = ir.AttrInt64(key, ir.DataType.FLOAT)
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
+                node.attributes[key] = ir.AttrTensor(key, ir.tensor(attribute.value.numpy().astype(np.float32)))
+    for value in (*model.graph.initializers.values(), *(o for node in model.graph.all_nodes() for o in node.outputs)):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+    return ir.to_proto(model)
 
 
 def _compare(name: str, precision: str, found: Arrays, expected: Arrays, where: str) -> float:
@@ -126,7 +155,7 @@ def as_inputs_of(stage: Stage, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(getattr(torch, spec.dtype)) for spec, tensor in zip(stage.inputs, example, strict=True))
 
 
-def _half_advice(name: str) -> str:
+def _advice(name: str) -> str:
     if name == "decode":
-        return "use a VAE made for float16 (madebyollin/sdxl-vae-fp16-fix), set force_upcast in vae/config.json, or export fp32"
+        return "use a VAE made for float16 (madebyollin/sdxl-vae-fp16-fix), set force_upcast in its config, or use bf16 or fp32"
     return "export with precision fp32"

@@ -21,9 +21,14 @@ class Stage(nn.Module):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    parts: dict[str, str]
+    """Prefix of this module's parameter names -> the checkpoint's part that they come from."""
 
-    def halve(self) -> None:
-        """Let the network compute in float16 from now on; `inputs` and `outputs` change accordingly."""
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Let the network compute in float16 or bfloat16 from now on.
+
+        With float16 `inputs` and `outputs` change accordingly; with bfloat16, which NumPy has not, they stay float32.
+        """
         raise NotImplementedError
 
 
@@ -35,6 +40,7 @@ class TextStage(Stage):
         self.encoder, self.encoder_2 = encoder, encoder_2
         width: int = encoder.config.hidden_size + encoder_2.config.hidden_size
         ids = (batch, num_tokens)
+        self.parts = {"encoder.": "text_encoder", "encoder_2.": "text_encoder_2"}
         self.inputs = (_spec("input_ids", "int64", *ids), _spec("input_ids_2", "int64", *ids))
         self.outputs = (
             _spec("prompt_embeds", "float32", *ids, width),
@@ -45,11 +51,14 @@ class TextStage(Stage):
         """Two [B, T] int64 to [B, T, C] and [B, P]; SDXL reads the hidden states before the last layer."""
         first = self.encoder(input_ids, output_hidden_states=True)
         second = self.encoder_2(input_ids_2, output_hidden_states=True)
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        as_said = getattr(torch, self.outputs[0].dtype)
+        return embeds.to(as_said), second.text_embeds.to(as_said)
 
-    def halve(self) -> None:
-        self.half()
-        self.outputs = _as_float16(self.outputs, *(spec.name for spec in self.outputs))
+    def narrow(self, dtype: torch.dtype) -> None:
+        self.to(dtype)
+        if dtype == torch.float16:
+            self.outputs = _as_float16(self.outputs, *(spec.name for spec in self.outputs))
 
 
 class DenoiseNetwork(nn.Module):
@@ -68,7 +77,7 @@ class DenoiseNetwork(nn.Module):
         self.unet = unet
 
     def time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
-        """[N, D] float32: what the UNet adds to every block at each time. Call it before `halve`."""
+        """[N, D] float32: what the UNet adds to every block at each time. Call it before `narrow`."""
         return self._time_mlp(self._time_proj(torch.tensor(timesteps)))
 
     def size_embedding(self, size_px: int) -> Tensor:
@@ -99,6 +108,7 @@ class DenoiseStage(Stage):
     ) -> None:
         super().__init__()
         self.network = network
+        self.parts = {"network.unet.": "unet"}
         self.dtype = torch.float32
         # Told and converted at t', mixed at the original next time.
         self.register_buffer("time_embedding_ND", network.time_embedding(schedule.shifted_timesteps))
@@ -128,7 +138,8 @@ class DenoiseStage(Stage):
         # index_select, not [step_index]: it becomes one plain Gather of a table that keeps its name in the graph.
         time_BD = self.time_embedding_ND.index_select(0, step_index).expand(batch, -1)
         size_BE = self.size_embedding_1E.expand(batch, -1)
-        eps = self.network(latents.to(self.dtype), prompt_embeds, pooled_prompt_embeds, time_BD, size_BE).to(torch.float32)
+        given = (latents, prompt_embeds, pooled_prompt_embeds)
+        eps = self.network(*(tensor.to(self.dtype) for tensor in given), time_BD, size_BE).to(torch.float32)
         alpha, sigma, next_alpha, next_sigma = (
             table.index_select(0, step_index).view(1, 1, 1, 1)
             for table in (self.alpha_N, self.sigma_N, self.next_alpha_N, self.next_sigma_N)
@@ -136,12 +147,13 @@ class DenoiseStage(Stage):
         x0 = (latents - sigma * eps) / alpha
         return next_alpha * x0 + next_sigma * noise
 
-    def halve(self) -> None:
+    def narrow(self, dtype: torch.dtype) -> None:
         # The tables are rounded once, here: SDXL's float32 size embedding must not meet float16 text in one Concat.
-        self.network.half()
-        self.dtype = torch.float16
-        self.time_embedding_ND, self.size_embedding_1E = self.time_embedding_ND.half(), self.size_embedding_1E.half()
-        self.inputs = _as_float16(self.inputs, "prompt_embeds", "pooled_prompt_embeds")
+        self.network.to(dtype)
+        self.dtype = dtype
+        self.time_embedding_ND, self.size_embedding_1E = self.time_embedding_ND.to(dtype), self.size_embedding_1E.to(dtype)
+        if dtype == torch.float16:
+            self.inputs = _as_float16(self.inputs, "prompt_embeds", "pooled_prompt_embeds")
 
 
 class DecodeStage(Stage):
@@ -154,6 +166,7 @@ class DecodeStage(Stage):
     def __init__(self, vae: Any, *, latent_size: int, size_px: int, batch: int) -> None:
         super().__init__()
         self.vae = vae
+        self.parts = {"vae.": "vae"}
         self.dtype = torch.float32
         scale, shift = latent_scale_and_shift(vae.config)
         self.register_buffer("scale", scale)
@@ -170,9 +183,9 @@ class DecodeStage(Stage):
         """[B, 4, h, w] float32 to [B, H, W, 3] uint8. The cast comes last: TensorRT has uint8 as an output only."""
         return self.levels(latents).round().to(torch.uint8)
 
-    def halve(self) -> None:
-        self.vae.half()
-        self.dtype = torch.float16
+    def narrow(self, dtype: torch.dtype) -> None:
+        self.vae.to(dtype)
+        self.dtype = dtype
 
 
 def latent_scale_and_shift(config: Any) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from nitro_export import structure
 from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph
 
@@ -16,7 +17,7 @@ _FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16
 def load_structure(path: Path) -> onnx.ModelProto:
     """The graph; weights in other files are not read. Raises: BuildError if the file is no ONNX graph."""
     try:
-        return onnx.load(str(path), load_external_data=False)
+        return structure.load_structure(path)
     except Exception as exc:  # protobuf's error, or the file system's
         raise BuildError(f"{path.name} cannot be read as an ONNX graph: {' '.join(str(exc).split())}; export again") from exc
 
@@ -27,28 +28,15 @@ def check_graph(path: Path, graph: Graph) -> None:
     A float16 graph may keep some constants in float32 (the schedule's arithmetic is), but not most of its weights.
     Raises: BuildError.
     """
-    model = _without_external_data(path)
+    load_structure(path)
     try:
-        onnx.checker.check_model(model)
+        structure.check_structure(path)
     except Exception as exc:  # the checker raises several unrelated types
         raise BuildError(f"{path.name} is not a valid ONNX graph: {' '.join(str(exc).split())}; export again") from exc
     num_bytes = float_weight_bytes(path)
     if 2 * num_bytes.get(graph.compute_dtype, 0) < sum(num_bytes.values()):
         found = ", ".join(f"{count} bytes {dtype}" for dtype, count in sorted(num_bytes.items()))
         raise BuildError(f"{path.name} should compute in {graph.compute_dtype}, but its weights are {found}; export again")
-
-
-def _without_external_data(path: Path) -> onnx.ModelProto:
-    """The graph with its external weights as inputs: as valid as the whole, and nothing large is read.
-
-    Given the whole, the checker refuses weights with more than one hard link, which is how the cache stores them.
-    """
-    model = load_structure(path)
-    external = [tensor for tensor in model.graph.initializer if tensor.external_data]
-    for tensor in external:
-        model.graph.initializer.remove(tensor)
-        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return model
 
 
 def float_weight_bytes(path: Path) -> dict[str, int]:
