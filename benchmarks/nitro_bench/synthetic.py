@@ -233,7 +233,9 @@ class _PartMaker:
         gain: Callable[[str, Mapping[str, TensorSpec]], float],
         save_config: Callable[[Path], Any],
     ) -> Part:
-        specs = {key: TensorSpec(self.dtype, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+        # transformers 5 dropped this prefix from one of its two text encoders; SDXL's files, and other versions, have it.
+        prefix = "text_model." if isinstance(module, CLIPTextModel) else ""
+        specs = {prefix + key: TensorSpec(self.dtype, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
 
         def std(key: str) -> tuple[float, float]:
             """Of one tensor."""

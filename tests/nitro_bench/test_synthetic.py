@@ -47,6 +47,8 @@ def draw(tiny: Path):
 def test_full_size_is_sdxls() -> None:
     parts = synthetic._parts(synthetic._configs("full"), torch.float16)
     assert {part.name: part.num_bytes // 2 for part in parts} == FULL
+    for part in parts[:2]:
+        assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in part.specs
 
 
 def test_half_size_has_the_depths_of_full() -> None:
