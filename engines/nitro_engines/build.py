@@ -33,6 +33,10 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
     assert prepared.request.out is not None
     out = prepare(prepared.request.out, report)
     cache.sweep(report)
+    for note in prepared.source.notes:
+        report(note)
+    if prepared.source.licence:
+        report(f"licence: {prepared.source.licence}")
     started = time.perf_counter()
     graphs, exported = _graphs(prepared, cache, report)
     seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
@@ -66,9 +70,10 @@ def _export(prepared: Preparation, out: Path, report: Report) -> None:
     from nitro_export import export_checkpoint
 
     request = prepared.request
+    checkpoint = prepared.source.assemble(report)
     with foreign_errors(f"exporting {prepared.source.name}", out.parent):
         export_checkpoint(
-            prepared.source.checkpoint,
+            checkpoint,
             out,
             steps=request.steps,
             shift=request.shift,

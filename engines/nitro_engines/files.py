@@ -74,8 +74,8 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """`target` with `source`'s content: a hard link, or a durable copy where the file system has no such link."""
+def link_or_copy(source: Path, target: Path) -> bool:
+    """`target` with `source`'s content: a hard link (True), or a durable copy where the file system has no such link."""
     try:
         os.link(source, target)
     except OSError as exc:
@@ -83,6 +83,8 @@ def link_or_copy(source: Path, target: Path) -> None:
             raise
         shutil.copyfile(source, target)
         fsync(target)
+        return False
+    return True
 
 
 @contextmanager

@@ -24,7 +24,8 @@ class BuildPlan:
     request: BuildRequest
     """With size, shift and output folder decided."""
     source: ModelSource
-    checkpoint_sha256: str
+    checkpoint_sha256: str | None
+    """None until a checkpoint made of parts is assembled."""
     graphs_key: str
     graphs_cached: bool
     engine_key: str | None
@@ -42,8 +43,11 @@ class BuildPlan:
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         request = dataclasses.asdict(self.request) | {"out": str(self.out)}
-        source = {"name": self.source.name, "origin": self.source.origin, "checkpoint": str(self.source.checkpoint)}
-        return dataclasses.asdict(self) | {"request": request, "source": source, "out": str(self.out)}
+        source = {name: getattr(self.source, name) for name in ("name", "origin", "licence", "notes")}
+        source |= {"checkpoint": str(self.source.checkpoint)}
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        differing = [dataclasses.asdict(difference) for difference in self.differences]
+        return facts | {"request": request, "source": source, "differences": differing, "out": str(self.out)}
 
     def lines(self, *, explain: bool = False) -> list[str]:
         """For people; `explain` adds the comparison with the nearest key."""
@@ -51,7 +55,9 @@ class BuildPlan:
         steps, size = ", ".join(map(str, request.steps)), f"{request.size_px} px, batch {request.batch}"
         targets = " for " + ", ".join(request.targets) if request.targets else ""
         lines = [
-            f"model       {self.source.name} ({self.checkpoint_sha256[:12]})",
+            f"model       {self.source.name} ({self.checkpoint_sha256[:12] if self.checkpoint_sha256 else 'to be assembled'})",
+            *(f"part        {note}" for note in self.source.notes),
+            *([f"licence     {self.source.licence}"] if self.source.licence else []),
             f"build       steps {steps}; {size}, {request.precision}, shift {request.shift}",
             f"backend     {request.backend}{targets}, computes in {self.fields['options']['compute_dtype']}",
             f"graphs      {'cached' if self.graphs_cached else 'to be exported'}",
@@ -79,7 +85,8 @@ class Preparation:
     request: BuildRequest
     source: ModelSource
     backend: Backend
-    checkpoint_sha256: str
+    checkpoint_sha256: str | None
+    """None until a checkpoint made of parts is assembled."""
     graphs_fields: Fields
     """Everything that decides the exported graphs."""
     graphs_key: str
@@ -102,7 +109,8 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
     engine_key = key_of(fields) if graphs else None
     built = cache.known_builds()
     if graphs is None:  # compare what can be compared
-        built = {key: {name: value for name, value in known.items() if name != "onnx_sha256"} for key, known in built.items()}
+        unknown = {"onnx_sha256", "checkpoint_sha256"} - fields.keys()
+        built = {key: {name: value for name, value in known.items() if name not in unknown} for key, known in built.items()}
     closest = engine_key if engine_key in built else nearest(fields, built)
     assert prepared.request.out is not None
     return BuildPlan(
@@ -122,16 +130,15 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
 
 def prepare_build(request: BuildRequest) -> Preparation:
     """Everything about a build that is cheap to know; also where a wrong request is refused."""
-    from nitro_export import checkpoint_sha256, read_checkpoint, toolchain
+    from nitro_export import read_checkpoint, toolchain
 
     backend = load_backend(request.backend, request.targets)
     backend.compute_dtype(GRAPH_DTYPES[request.precision])
-    source = resolve_model(request.model)
-    checkpoint = read_checkpoint(source.checkpoint)
-    resolved = request.resolved(source, checkpoint)
-    digest = checkpoint_sha256(source.checkpoint)
+    source = resolve_model(request.model, base=request.base, decoder=request.decoder, loras=request.loras)
+    with source.opened() as folder:
+        resolved = request.resolved(source, read_checkpoint(folder))
     fields = {
-        "checkpoint_sha256": digest,
+        "checkpoint": source.key(),
         "name": source.name,
         "origin": source.origin,
         "licence": source.licence,
@@ -146,7 +153,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
         request=resolved,
         source=source,
         backend=backend,
-        checkpoint_sha256=digest,
+        checkpoint_sha256=source.known_sha256(),
         graphs_fields=fields,
         graphs_key=key_of(fields),
     )
@@ -156,7 +163,9 @@ def _fields_before_export(prepared: Preparation) -> Fields:
     """`bundle_fields` without the graphs' digests."""
     precision = prepared.request.precision
     graphs, own = prepared.graphs_fields, backend_fields(prepared.backend, precision, GRAPH_DTYPES[precision])
-    shared = {name: graphs[name] for name in ("checkpoint_sha256", "steps", "shift", "size_px", "batch")}
+    shared = {name: graphs[name] for name in ("steps", "shift", "size_px", "batch")}
+    if prepared.checkpoint_sha256 is not None:
+        shared["checkpoint_sha256"] = prepared.checkpoint_sha256
     return {**shared, **own, "toolchain": {**graphs["toolchain"], **own["toolchain"]}}
 
 

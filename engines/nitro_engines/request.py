@@ -26,7 +26,13 @@ class BuildRequest:
     """The options of `nitro-rt build`. None means: decided from the checkpoint, see `resolved`."""
 
     model: str = DEFAULT_MODEL
-    """A known name, a checkpoint folder, or a hub id."""
+    """A known name, a checkpoint folder, a hub id, or a .safetensors file."""
+    base: str | None = None
+    """Folder or hub id of the checkpoint that a single file belongs to; None for a whole checkpoint."""
+    decoder: str | None = None
+    """kl, tiny, or the path of a diffusers VAE; None: the checkpoint's own, of whatever kind."""
+    loras: tuple[str, ...] = ()
+    """`FILE` or `FILE:SCALE`, fused into the weights before export."""
     steps: tuple[int, ...] = (1,)
     """Step counts that one bundle serves, each from 1 to 4; kept sorted, without repeats."""
     precision: str = "fp32"
@@ -48,6 +54,7 @@ class BuildRequest:
         """Raises: ConfigError for the first option that is wrong."""
         object.__setattr__(self, "steps", _steps(self.steps))
         object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        object.__setattr__(self, "loras", tuple(self.loras))
         if self.precision in LATER_PRECISIONS:
             raise ConfigError(f"--precision {self.precision} is not available yet; available: {', '.join(PRECISIONS)}")
         if self.precision not in PRECISIONS:

@@ -39,7 +39,17 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     "--model",
     metavar="NAME|PATH|HUB_ID",
     show_default="nitro-emoji",
-    help="nitro-emoji, nitrosd-realism, nitrosd-vibrant, a checkpoint folder, or a hub id that is cached here.",
+    help="nitro-emoji, nitrosd-realism, nitrosd-vibrant, a checkpoint folder, a hub id that is cached here, or a .safetensors "
+    "file (a UNet alone, or ComfyUI's whole checkpoint).",
+)
+@click.option("--base", metavar="FOLDER|HUB_ID", help="The checkpoint that a single file belongs to: tokenizers and the like.")
+@click.option(
+    "--decoder",
+    metavar="kl|tiny|PATH",
+    help="kl: the checkpoint's own VAE must be that; tiny: TAESDXL; or a diffusers VAE. The checkpoint's own if not given.",
+)
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Fuse a LoRA, at scale 1 if not given; repeatable."
 )
 @click.option(
     "--precision",
