@@ -26,6 +26,7 @@ from nitro_rt.manifest import (
     check_file,
     from_json,
     resolve,
+    seal_of,
 )
 from nitro_rt.schedule import StepSchedule, alphas_cumprod_from_config, step_schedule
 
@@ -80,6 +81,7 @@ class Bundle:
         """Every file that the manifest names, once each, in order of path."""
         references = [reference for _, engine in self.engines() for reference in engine.files]
         references += [tokenizer.file for tokenizer in self.manifest.tokenizers]
+        references += [reference.file for reference in self.manifest.references]
         return tuple(sorted(set(references), key=lambda reference: reference.path))
 
     def check_files(self) -> None:
@@ -101,7 +103,8 @@ class Bundle:
         return tuple(sorted(set(found) - named))
 
     def verify(self) -> None:
-        """The whole check: sizes, digests, nothing extra, and the engine key and the schedule's constants recomputed.
+        """The whole check: sizes, digests, nothing extra, and the engine key, the schedule's constants and the manifest's
+        own digest recomputed.
 
         Raises: BundleError for the first thing that is wrong.
         """
@@ -111,6 +114,15 @@ class Bundle:
             raise BundleError(f"{self.folder} holds {extra[0]!r}, which its manifest does not name ({len(extra)} such files)")
         self._check_engine_key()
         self._check_schedule()
+        self._check_seal()  # last: what was edited is better named than a digest
+
+    def _check_seal(self) -> None:
+        found, expected = self.manifest.manifest_sha256, seal_of(self.manifest)
+        if found != expected:
+            raise BundleError(
+                f"{self.folder}: {BUNDLE_FILE} was edited: its digest is {found[:12] or 'missing'}, its fields give "
+                f"{expected[:12]}; build again"
+            )
 
     def _check_engine_key(self) -> None:
         manifest = self.manifest

@@ -32,6 +32,10 @@ class Executor(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the bundle runs here, such as another compute type than it was built for."""
 
+    @property
+    def compute_dtypes(self) -> dict[str, str]:
+        """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine."""
+
     def prepare(self, num_steps: int) -> bool:
         """Load what `num_steps` steps need; False where it is loaded already."""
 

@@ -27,6 +27,7 @@ class HostExecutor:
         self._sessions = ExitStack()
         self._denoisers: dict[int, Session] = {}
         self._notes: list[str] = []
+        self._compute_dtypes: dict[str, str] = {}
         manifest = bundle.manifest
         # The same name is the same tensor in every stage, but for the decoder, which reads where the denoiser wrote.
         self._buffers = _allocate(manifest.text, manifest.denoise[bundle.built_steps[0]], manifest.decode)
@@ -41,6 +42,10 @@ class HostExecutor:
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
+
+    @property
+    def compute_dtypes(self) -> dict[str, str]:
+        return dict(self._compute_dtypes)
 
     def prepare(self, num_steps: int) -> bool:
         if num_steps in self._denoisers:
@@ -90,6 +95,7 @@ class HostExecutor:
         session = self._open_session(stage, engine, tuple(self._bundle.path(reference) for reference in engine.files))
         self._sessions.callback(session.close)
         session.bind({spec.name: buffers[spec.name] for spec in (*engine.inputs, *engine.outputs)})
+        self._compute_dtypes[stage] = session.compute_dtype
         if session.compute_dtype != engine.compute_dtype:
             self._notes.append(
                 f"{stage} was built to compute in {engine.compute_dtype}; {engine.backend} on this machine computes in "

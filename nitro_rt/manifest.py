@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from nitro_rt.errors import BundleError
+from nitro_rt.quality import QualityResult
 from nitro_rt.schedule import StepSchedule
 
 SCHEMA_VERSION = 1
@@ -146,6 +147,42 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A picture that the float32 parent drew, which the bundle must come near to."""
+
+    prompt: str
+    seed: int
+    steps: int
+    file: FileRef
+    """A PNG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedResult:
+    """One stage in the quantised and in the float engine, timed in turn on one machine."""
+
+    stage: str
+    """`denoise/1`, ..., `decode`."""
+    precision: str
+    """Of the quantised engine."""
+    parent_precision: str
+    """Of the float engine it was compared with."""
+    milliseconds: float
+    """Median of the quantised engine's calls."""
+    parent_milliseconds: float
+    ratio: float
+    """Quantised to float, the median over pairs of calls that followed each other; below 1 is faster."""
+    ratio_low: float
+    ratio_high: float
+    """The 95 % interval of the median ratio."""
+    num_pairs: int
+    device: str
+    chosen: str
+    """The precision that the bundle has."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleManifest:
     """`bundle.json`: all that is needed to draw."""
 
@@ -171,8 +208,24 @@ class BundleManifest:
     memory_plan: MemoryPlan
     quantisation: dict[str, Any] | None = None
     """Recipe: amax, prompt-set hash, seed; None where nothing is quantised."""
-    quality_gate: tuple[dict[str, Any], ...] = ()
-    """Results of comparisons with the parent, newest last."""
+    references: tuple[Reference, ...] = ()
+    """What the float32 parent drew; empty for a bundle of graphs whose checkpoint was not at hand."""
+    quality_gate: tuple[QualityResult, ...] = ()
+    """How near to the references the bundle came where it was built, one result per step count."""
+    speed_gate: tuple[SpeedResult, ...] = ()
+    """How stages were chosen where `--precision auto` was asked for."""
+    manifest_sha256: str = ""
+    """Digest of this manifest without this field: see `sealed`."""
+
+
+def sealed(manifest: BundleManifest) -> BundleManifest:
+    """The manifest with its own digest, so that an edit of any field shows. It guards against accidents, not attackers."""
+    return dataclasses.replace(manifest, manifest_sha256=seal_of(manifest))
+
+
+def seal_of(manifest: BundleManifest) -> str:
+    """sha256 of the manifest's canonical JSON with `manifest_sha256` empty, in hex."""
+    return hashlib.sha256(to_json(dataclasses.replace(manifest, manifest_sha256="")).encode()).hexdigest()
 
 
 def to_json(manifest: object) -> str:

@@ -79,6 +79,15 @@ class Pipeline:
         """
         bundle = open_bundle(folder)
         bundle.check_files()
+        return cls.of(bundle)
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Pipeline:
+        """Load the engines of an opened bundle, whose files are taken as they are.
+
+        Warns: ComputeTypeDiffers where this machine computes in another type than the building one.
+        Raises: BundleError, BackendUnavailable, EngineMismatch, ShapeError.
+        """
         executor = open_executor(bundle)
         try:
             executor.prepare(bundle.built_steps[0])
@@ -87,7 +96,7 @@ class Pipeline:
             executor.close()
             raise
         for note in executor.notes:
-            warnings.warn(note, ComputeTypeDiffers, stacklevel=2)
+            warnings.warn(note, ComputeTypeDiffers, stacklevel=3)
         return cls(bundle, executor, tokenizers)
 
     def __call__(
@@ -120,6 +129,11 @@ class Pipeline:
         self._check_size(size)
         with self._lock:
             return self._draw(prompts, seeds, num_steps, start)
+
+    @property
+    def compute_dtypes(self) -> dict[str, str]:
+        """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine."""
+        return {} if self._executor is None else self._executor.compute_dtypes
 
     def close(self) -> None:
         """Release engines and buffers; waits for a running call. A second call does nothing."""

@@ -1,11 +1,12 @@
-"""The full check of a bundle, ending with an image where the backend runs here."""
+"""The full check of a bundle, ending where the backend runs here with images, compared with its float32 parent's."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
+from nitro_rt.references import compare_with_parent, limits_here, references_at, result_of, with_steps
 
 SMOKE_PROMPT, SMOKE_SEED = "a red apple", 0
 
@@ -25,6 +27,8 @@ class Check:
     status: str
     """`ok`, or `skipped` where this machine cannot do it."""
     detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the detail says, for programs; empty where it is words only."""
 
 
 def verify_bundle(folder: str | os.PathLike[str]) -> Iterator[Check]:
@@ -39,17 +43,19 @@ def verify_bundle(folder: str | os.PathLike[str]) -> Iterator[Check]:
     yield _ok("files", f"{len(bundle.files())} files, {mib:.2f} MiB: sizes and digests as recorded, none missing, none extra")
     steps, shift = ", ".join(map(str, bundle.built_steps)), bundle.manifest.schedule.shift
     yield _ok("schedule", f"the constants of {steps} steps at shift {shift} equal the table recomputed")
-    yield from _smoke(bundle)
+    yield from _drawings(bundle)
 
 
-def _smoke(bundle: Bundle) -> Iterator[Check]:
-    """One image per step count, which must not be uniform; the pipeline itself refuses NaN and infinity."""
+def _drawings(bundle: Bundle) -> Iterator[Check]:
+    """Per step count, one image that must not be uniform and the comparison with the parent's; the pipeline itself refuses
+    NaN and infinity."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ComputeTypeDiffers)
-            with Pipeline.load(bundle.folder) as pipe:
-                for num_steps in bundle.built_steps:
+            for num_steps in bundle.built_steps:
+                with Pipeline.of(with_steps(bundle, num_steps)) as pipe:
                     yield _smoke_image(pipe, num_steps)
+                    yield _quality(pipe, num_steps)
     except BackendUnavailable as exc:
         yield Check(name="image", status="skipped", detail=str(exc))
     except EngineMismatch as exc:
@@ -66,7 +72,29 @@ def _smoke_image(pipe: Pipeline, num_steps: int) -> Check:
             f"{pipe.bundle.folder} draws a uniform image at {num_steps} steps (colour {pixels_HWC[0, 0].tolist()}); "
             "its engines are broken or overflow, build again with --precision fp32"
         )
-    return _ok(f"image, {num_steps} step{'s' * (num_steps > 1)}", f"finite, not uniform, {result.timings_ms['total']:.0f} ms")
+    return _ok(f"image, {_steps(num_steps)}", f"finite, not uniform, {result.timings_ms['total']:.0f} ms")
+
+
+def _quality(pipe: Pipeline, num_steps: int) -> Check:
+    name, bundle = f"quality, {_steps(num_steps)}", pipe.bundle
+    if not references_at(bundle, num_steps):
+        return Check(name=name, status="skipped", detail="the bundle carries no pictures of its parent to compare with")
+    built, limits = result_of(bundle, num_steps), limits_here(pipe, num_steps)
+    comparison = compare_with_parent(pipe, num_steps)
+    sentence = comparison.sentence(limits)
+    if not comparison.passes(limits):
+        then = f"where it was built it had PSNR {built.psnr_db.worst:.1f} dB, SSIM {built.ssim.worst:.4f}; " if built else ""
+        raise BundleError(
+            f"{bundle.folder} misses its quality limits at {_steps(num_steps)}: {sentence}; {then}"
+            "build it again on this machine, or with a higher --precision"
+        )
+    figures = {"psnr_db": asdict(comparison.psnr_db()), "ssim": asdict(comparison.ssim()), "limits": asdict(limits)}
+    allowed = "; published with --allow-quality-loss" if built is not None and built.loss_allowed else ""
+    return Check(name=name, status="ok", detail=sentence + allowed, figures=figures)
+
+
+def _steps(num_steps: int) -> str:
+    return f"{num_steps} step{'s' * (num_steps > 1)}"
 
 
 def _ok(name: str, detail: str) -> Check:

@@ -16,6 +16,7 @@ import numpy as np
 from nitro_engines.backends import Backend, load_backend
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, link_or_copy, silent, source_sha256, storage_errors
+from nitro_engines.gate import Gate
 from nitro_engines.keys import Fields, key_of
 from nitro_engines.publish import files_of, prepare, publish_bundle
 from nitro_rt.errors import BundleError, ModelNotFound
@@ -27,11 +28,13 @@ from nitro_rt.manifest import (
     Graph,
     GraphsManifest,
     MemoryPlan,
+    Reference,
     TensorSpec,
     TokenizerSpec,
     check_file,
     from_json,
     resolve,
+    sealed,
 )
 
 GRAPH_DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -74,8 +77,15 @@ def build_bundle(
     return bundle_from_graphs(graphs, out, load_backend(backend, targets), cache or EngineCache(), report).manifest
 
 
-def bundle_from_graphs(graphs: Path, out: Path, backend: Backend, cache: EngineCache, report: Report = silent) -> BuildResult:
-    """`build_bundle` with a loaded backend."""
+def bundle_from_graphs(
+    graphs: Path, out: Path, backend: Backend, cache: EngineCache, report: Report = silent, *, gate: Gate | None = None
+) -> BuildResult:
+    """`build_bundle` with a loaded backend.
+
+    Args:
+        gate: judges the bundle before it is published; None where the checkpoint of the graphs is not at hand.
+    Raises: also BuildError if the bundle misses its quality limits.
+    """
     manifest = read_graphs(graphs)
     for _, graph in graphs_of(manifest):
         backend.compute_dtype(graph.compute_dtype)  # refuses what cannot be built, before anything is written
@@ -84,11 +94,26 @@ def bundle_from_graphs(graphs: Path, out: Path, backend: Backend, cache: EngineC
     engines: dict[str, Engine] = {}
     stages: dict[str, str] = {}
     seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    references = gate.references(manifest, cache, report) if gate else ()
+    if gate:
+        seconds["references"] = round(time.perf_counter() - started, 3)
     for stage, graph in graphs_of(manifest):
         started = time.perf_counter()
         engines[stage], stages[stage] = _engine(graphs, manifest, stage, graph, backend, cache, report)
         seconds[stage] = round(time.perf_counter() - started, 3)
-    bundle = _bundle_manifest(manifest, engines, _tokenizers(graphs, manifest, cache, report), backend)
+    bundle = _bundle_manifest(manifest, engines, _tokenizers(graphs, manifest, cache, report), backend, references)
+    if gate:
+        started = time.perf_counter()
+
+        def compile_on(other: Backend) -> dict[str, Engine]:
+            return {
+                stage: _engine(graphs, manifest, stage, graph, other, cache, report)[0] for stage, graph in graphs_of(manifest)
+            }
+
+        bundle = gate.judged(bundle, compile_on, cache, report)
+        seconds["quality gate"] = round(time.perf_counter() - started, 3)
+    bundle = sealed(bundle)
     started = time.perf_counter()
     published = publish_bundle(out, bundle, cache.path, report)
     with cache.making(bundle.engine_key, "this record", report) as work:
@@ -222,7 +247,11 @@ def _tokenizers(graphs: Path, manifest: GraphsManifest, cache: EngineCache, repo
 
 
 def _bundle_manifest(
-    manifest: GraphsManifest, engines: dict[str, Engine], tokenizers: tuple[TokenizerSpec, ...], backend: Backend
+    manifest: GraphsManifest,
+    engines: dict[str, Engine],
+    tokenizers: tuple[TokenizerSpec, ...],
+    backend: Backend,
+    references: tuple[Reference, ...],
 ) -> BundleManifest:
     fields = bundle_fields(manifest, backend)
     denoise = {num_steps: engines[f"denoise/{num_steps}"] for num_steps in sorted(manifest.denoise)}
@@ -242,6 +271,7 @@ def _bundle_manifest(
         target=backend.target(),
         toolchain={**fields["toolchain"], "nitro-rt": _own_version()},
         memory_plan=MemoryPlan(disk_bytes=0, weight_bytes=0, io_bytes=0),
+        references=references,
     )
     return dataclasses.replace(bundle, memory_plan=memory_plan(bundle))
 

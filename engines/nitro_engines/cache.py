@@ -4,6 +4,8 @@
     engines/files/<sha256>.<ext>    engine and tokenizer files; bundles hold hard links to them
     graphs/<key>/                   exported checkpoints
     builds/<engine key>.json        the fields of bundles built before, for --explain
+    references/<key>.json           pictures that float32 parents drew; the PNGs lie in engines/files
+    gates/<key>.json                what the quality gate measured
     work/<key>/                     what is being made; whoever holds the key's lock owns it
     locks/<key>.lock
 
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -148,6 +151,19 @@ class EngineCache:
         assert key_of(fields) == engine.key
         entry = CacheEntry(schema_version=SCHEMA_VERSION, fields=fields, engine=engine)
         self._publish(self._entries / f"{engine.key}.json", to_json(entry), work)
+
+    def find_record(self, kind: str, key: str) -> Any:
+        """The JSON of `<kind>/<key>.json`; None if there is none, or it cannot be read."""
+        try:
+            return json.loads((self.root / kind / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def store_record(self, kind: str, key: str, value: object, work: Path) -> None:
+        """Publish a small JSON record, whole."""
+        with storage_errors("preparing the cache", self.root):
+            (self.root / kind).mkdir(exist_ok=True)
+        self._publish(self.root / kind / f"{key}.json", json.dumps(value, indent=2, sort_keys=True) + "\n", work)
 
     def path(self, reference: FileRef) -> Path:
         """Where a file of the cache is. Raises: BundleError if an edited entry points outside."""

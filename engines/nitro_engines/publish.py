@@ -31,6 +31,7 @@ def files_of(manifest: BundleManifest) -> tuple[FileRef, ...]:
     engines = (manifest.text, *manifest.denoise.values(), manifest.decode)
     references = [reference for engine in engines for reference in engine.files]
     references += [tokenizer.file for tokenizer in manifest.tokenizers]
+    references += [reference.file for reference in manifest.references]
     return tuple(sorted(set(references), key=lambda reference: reference.path))
 
 
@@ -65,14 +66,15 @@ def publish_bundle(out: Path, manifest: BundleManifest, path_of: Callable[[FileR
             if _is_same(out, manifest):
                 return False
             try:
-                _assemble(_sibling(out, "new"), manifest, path_of)
+                assemble(_sibling(out, "new"), manifest, path_of)
                 _swap(out)
             finally:
                 _recover(out)
     return True
 
 
-def _assemble(folder: Path, manifest: BundleManifest, path_of: Callable[[FileRef], Path]) -> None:
+def assemble(folder: Path, manifest: BundleManifest, path_of: Callable[[FileRef], Path]) -> None:
+    """Write a bundle into `folder`, which must not exist: its files as hard links or copies, then its manifest."""
     (folder / "files").mkdir(parents=True)
     for reference in files_of(manifest):
         target = resolve(folder, reference)

@@ -95,6 +95,14 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "little")
 
 
+@pytest.fixture(scope="session")
+def tiny_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A true checkpoint with weights. Do not write into it: the tests share it."""
+    from checkpoints import make_tiny_sdxl  # loads torch, which most tests here do without
+
+    return make_tiny_sdxl(tmp_path_factory.mktemp("checkpoints") / "tiny-kl")
+
+
 def write_checkpoint(folder: Path) -> Path:
     text = {"hidden_size": 8, "projection_dim": 8, "max_position_embeddings": 77, "vocab_size": 4}
     unet = {
@@ -151,7 +159,7 @@ def write_graphs(
     tokenizers = []
     for index in (1, 2):
         path = folder / f"tokenizer-{index}.json"
-        path.write_text(f'{{"tokenizer": {index}}}', encoding="utf-8")
+        path.write_text(json.dumps(_tokenizer(index)), encoding="utf-8")
         tokenizers.append(TokenizerSpec(file=_reference(path), max_length=NUM_TOKENS, bos_id=1, eos_id=2, pad_id=0))
     manifest = GraphsManifest(
         schema_version=SCHEMA_VERSION,
@@ -173,6 +181,18 @@ def write_graphs(
     )
     (folder / "export.json").write_text(to_json(manifest), encoding="utf-8")
     return folder
+
+
+def _tokenizer(index: int) -> dict[str, object]:
+    """Whole words in the form of the `tokenizers` library; each index numbers them otherwise."""
+    words = "a an the red green blue yellow apple cat dog house car street tree hill star on of in with".split()
+    vocabulary = {"<pad>": 0, "<begin>": 1, "<end>": 2, "<unknown>": 3} | {word: 3 + index + i for i, word in enumerate(words)}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unknown>"},
+    }
 
 
 def _text(batch: int, kind: int, seed: int) -> onnx.ModelProto:

@@ -116,7 +116,7 @@ def _make_bundle(
         toolchain={"numpy": np.__version__},
         memory_plan=m.MemoryPlan(disk_bytes=1, weight_bytes=1, io_bytes=1),
     )
-    (folder / m.BUNDLE_FILE).write_text(m.to_json(manifest), encoding="utf-8")
+    (folder / m.BUNDLE_FILE).write_text(m.to_json(m.sealed(manifest)), encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,200 @@
+"""The quality gate: what was built draws, before it is published, and must come near to what its float32 parent drew."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nitro_rt.quality
+import nitro_rt.references
+from nitro_engines.backends import Backend, load_backend
+from nitro_engines.cache import EngineCache
+from nitro_engines.files import Report, foreign_errors, source_sha256
+from nitro_engines.host import cpu_target
+from nitro_engines.keys import key_of
+from nitro_engines.publish import assemble
+from nitro_engines.references import references_of
+from nitro_rt.bundle import Bundle, open_bundle
+from nitro_rt.device import RUNTIMES
+from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, EngineMismatch
+from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, from_json
+from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
+from nitro_rt.quality import Comparison, QualityResult, limits_of
+from nitro_rt.references import compare_with_parent, with_steps
+
+QUANTISED = ("int8", "fp8")
+_JUDGES = (__file__, nitro_rt.quality.__file__, nitro_rt.references.__file__)
+Engines = dict[str, Engine]
+"""By stage: `text`, `denoise/1`, ..., `decode`."""
+Compile = Callable[[Backend], Engines]
+"""The engines of the bundle's own graphs on another backend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a bundle is judged by."""
+
+    checkpoint: Path
+    """The folder that the graphs were exported from."""
+    num_prompts: int = 4
+    """Pictures per step count."""
+    allow_quality_loss: bool = False
+    """Publish what misses its limits, and say so in the manifest."""
+
+    def references(self, graphs: GraphsManifest, cache: EngineCache, report: Report) -> tuple[Reference, ...]:
+        """The parent's pictures, drawn now where the cache lacks them. Raises: as `references_of`."""
+        return references_of(self.checkpoint, graphs, self.num_prompts, cache, report)
+
+    def judged(self, bundle: BundleManifest, compile_on: Compile, cache: EngineCache, report: Report) -> BundleManifest:
+        """The manifest with what was measured.
+
+        Args:
+            bundle: not yet published; its files and its references are in `cache`.
+            compile_on: used where the bundle's own engines cannot run on this machine.
+        Raises: BuildError with the figures and the way out, if it misses its limits and that was not allowed.
+        """
+        results = measure(bundle, compile_on, cache, report)
+        results = tuple(
+            dataclasses.replace(result, loss_allowed=self.allow_quality_loss and not result.passed) for result in results
+        )
+        for result in results:
+            report(sentence(result))
+        missed = [result for result in results if not result.passed]
+        if missed and not self.allow_quality_loss:
+            raise BuildError(
+                f"{bundle.name} misses its quality limits and is not published: {'; '.join(map(sentence, missed))}. "
+                "Build with a higher --precision, or publish it with --allow-quality-loss, which its manifest then says"
+            )
+        return dataclasses.replace(bundle, quality_gate=results)
+
+
+def measure(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, report: Report) -> tuple[QualityResult, ...]:
+    """How near the bundle comes to its references, per step count; measured once and then taken from the cache."""
+    key = key_of(
+        {
+            "engines": {stage: engine.key for stage, engine in _engines(bundle).items()},
+            "tokenizers": [dataclasses.asdict(tokenizer) for tokenizer in bundle.tokenizers],
+            "references": [dataclasses.asdict(reference) for reference in bundle.references],
+            "machine": cpu_target(),
+            "code": [source_sha256(Path(str(file))) for file in _JUDGES],
+        }
+    )
+    with cache.making(key, "this quality gate", report) as work:
+        known = _known(cache, key)
+        if known is not None:
+            return known.results
+        results = tuple(_measured(bundle, compile_on, cache, work, report))
+        record = GateRecord(schema_version=SCHEMA_VERSION, results=results)
+        cache.store_record("gates", key, dataclasses.asdict(record), work)
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRecord:
+    """What the cache keeps."""
+
+    schema_version: int
+    results: tuple[QualityResult, ...]
+
+
+def sentence(result: QualityResult) -> str:
+    """One line for people."""
+    verdict = "passed" if result.passed else "missed, allowed" if result.loss_allowed else "missed"
+    steps = f"{result.num_steps} step{'s' * (result.num_steps > 1)}"
+    return (
+        f"quality, {steps}: PSNR {result.psnr_db.worst:.1f} dB (limit {result.limits.psnr_db:g}), SSIM {result.ssim.worst:.4f} "
+        f"(limit {result.limits.ssim:g}), the worst of {result.num_images} images on {result.judged_on}: {verdict}"
+    )
+
+
+def _known(cache: EngineCache, key: str) -> GateRecord | None:
+    record = cache.find_record("gates", key)
+    try:
+        return None if record is None else from_json(GateRecord, json.dumps(record), where=key)
+    except BundleError:
+        return None  # damaged: measured again
+
+
+def _measured(
+    bundle: BundleManifest, compile_on: Compile, cache: EngineCache, work: Path, report: Report
+) -> Iterator[QualityResult]:
+    with _runnable(bundle, compile_on, cache, work, report) as runnable:
+        for num_steps in runnable.built_steps:
+            with foreign_errors("judging the bundle", work), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ComputeTypeDiffers)
+                with Pipeline.of(with_steps(runnable, num_steps)) as pipe:
+                    comparison, dtypes = compare_with_parent(pipe, num_steps), pipe.compute_dtypes
+            yield _result(bundle, num_steps, comparison, runnable.backend, dtypes)
+
+
+def _result(
+    bundle: BundleManifest, num_steps: int, comparison: Comparison, judged_on: str, dtypes: dict[str, str]
+) -> QualityResult:
+    engines = (bundle.text, bundle.denoise[num_steps], bundle.decode)
+    limits = limits_of((engine.precision for engine in engines), dtypes.values())
+    return QualityResult(
+        num_steps=num_steps,
+        num_images=len(comparison.psnr_db_N),
+        psnr_db=comparison.psnr_db(),
+        ssim=comparison.ssim(),
+        limits=limits,
+        passed=comparison.passes(limits),
+        loss_allowed=False,
+        judged_on=judged_on,
+        compute_dtypes=dtypes,
+    )
+
+
+@contextmanager
+def _runnable(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, work: Path, report: Report) -> Iterator[Bundle]:
+    """The bundle in a folder of its own, or the same graphs on a backend that runs here."""
+    own = _assembled(work / "bundle", bundle, cache)
+    if bundle.decode.backend not in RUNTIMES or _loads(own):
+        yield own
+        return
+    name = _stand_in(bundle)
+    report(f"{bundle.decode.backend} engines do not run on this machine; their graphs are judged on {name}")
+    engines = compile_on(load_backend(name))
+    if name == "onnxruntime":
+        # Fused, its integer kernels would be judged (without VNNI their sums saturate), not the numbers of the graph.
+        fused = any(engine.precision in QUANTISED for engine in engines.values())
+        engines = {stage: _as_written(engine) if fused else engine for stage, engine in engines.items()}
+    yield _assembled(work / "stand-in", _with_engines(bundle, engines), cache)
+
+
+def _stand_in(bundle: BundleManifest) -> str:
+    """ONNX Runtime computes quantised graphs as they are written, in floats; OpenVINO also knows bfloat16."""
+    return "openvino" if any(engine.precision == "bf16" for engine in _engines(bundle).values()) else "onnxruntime"
+
+
+def _as_written(engine: Engine) -> Engine:
+    return dataclasses.replace(engine, options={**engine.options, "graph_optimization_level": "basic"})
+
+
+def _loads(bundle: Bundle) -> bool:
+    try:
+        Pipeline.of(with_steps(bundle, bundle.built_steps[0])).close()
+    except (BackendUnavailable, EngineMismatch):
+        return False
+    return True
+
+
+def _assembled(folder: Path, bundle: BundleManifest, cache: EngineCache) -> Bundle:
+    with foreign_errors("assembling the bundle to judge it", folder):
+        assemble(folder, bundle, cache.path)
+    return open_bundle(folder)
+
+
+def _engines(bundle: BundleManifest) -> Engines:
+    denoise = {f"denoise/{num_steps}": engine for num_steps, engine in sorted(bundle.denoise.items())}
+    return {"text": bundle.text, **denoise, "decode": bundle.decode}
+
+
+def _with_engines(bundle: BundleManifest, engines: Engines) -> BundleManifest:
+    denoise = {num_steps: engines[f"denoise/{num_steps}"] for num_steps in bundle.denoise}
+    return dataclasses.replace(bundle, text=engines["text"], denoise=denoise, decode=engines["decode"])
