@@ -204,11 +204,22 @@ def _name_casts(model: ir.Model) -> None:
     """CastLike becomes Cast: every type is known here, and not every reader of graphs infers it."""
     for node in list(model.graph.all_nodes()):
         if node.op_type == "CastLike":
-            value, like = node.inputs
-            assert value is not None and like is not None and like.dtype is not None, node
+            dtype = _dtype_of(node.inputs[1])
             node.op_type = "Cast"
-            node.attributes["to"] = ir.AttrInt64("to", like.dtype)
+            node.attributes["to"] = ir.AttrInt64("to", dtype)
             node.resize_inputs(1)
+
+
+def _dtype_of(value: ir.Value | None) -> ir.DataType:
+    """A value's type; where ONNX's inference stopped (it knows no bfloat16 in some operators), its source's."""
+    assert value is not None
+    if value.dtype is not None:
+        return value.dtype
+    node = value.producer()
+    assert node is not None, value
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    return _dtype_of(node.inputs[1 if node.op_type == "CastLike" else 0])
 
 
 def _strip(model: ir.Model) -> None:
@@ -234,6 +245,8 @@ def _set_weights(
 ) -> list[str]:
     """Give every initializer its value; returns the names of the files that hold them."""
     kind = str(dtype).removeprefix("torch.")
+    for path in dict.fromkeys(stored[name].path for name in model.graph.initializers if name in stored):
+        sha256_of_finite(path)
     used: dict[str, None] = {}
     changed: dict[str, StoredTensor] = {}
     for name, value in model.graph.initializers.items():
@@ -268,8 +281,6 @@ def _write_converted(
     files: WeightFiles, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
 ) -> tuple[str, dict[str, tuple[int, int]]]:
     """One file of ours with these tensors in `dtype`, one in memory at a time; name -> (offset, length)."""
-    for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
-        sha256_of_finite(path)
     partial = files.folder / "weights.partial"
     digest, spans, end = hashlib.sha256(), {}, 0
     with partial.open("wb") as out:

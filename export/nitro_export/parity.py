@@ -110,7 +110,7 @@ def widened(path: Path) -> onnx.ModelProto:
     model = ir.load(path)
     for value in model.graph.initializers.values():
         assert value.const_value is not None
-        array = value.const_value.numpy()
+        array = _array(value.const_value)
         value.const_value = ir.tensor(array.astype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else array.copy())
     for node in model.graph.all_nodes():
         for key, attribute in list(node.attributes.items()):
@@ -122,6 +122,14 @@ def widened(path: Path) -> onnx.ModelProto:
         if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
     return ir.to_proto(model)
+
+
+def _array(tensor: ir.TensorProtocol) -> NDArray:
+    """A tensor's values. onnx_ir itself refuses to read files with several hard links, which is how graphs share them."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    content = np.fromfile(tensor.path, np.uint8, count=tensor.length or 0, offset=tensor.offset or 0)
+    return content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
 def _compare(name: str, precision: str, found: Arrays, expected: Arrays, where: str) -> float:

@@ -165,7 +165,7 @@ def test_the_manifest_says_where_it_comes_from(tiny_kl: Path, exported: Exported
         ({"size_px": 0}, "nearest: 32"),
         ({"shift": 0}, "shift"),
         ({"shift": 1001}, "shift"),
-        ({"precision": "int8"}, "available: fp32, fp16"),
+        ({"precision": "int8"}, "available: fp32, fp16, bf16"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(tiny_kl: Path, tmp_path: Path, options: dict[str, Any], says: str) -> None:

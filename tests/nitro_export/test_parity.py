@@ -12,8 +12,8 @@ import torch
 from onnx import numpy_helper
 
 from nitro_export import PRECISIONS, parity, read_checkpoint
-from nitro_export.graph import graphs_from_stages
-from nitro_export.loading import load_vae
+from nitro_export.graph import WeightFiles, graphs_from_stages
+from nitro_export.loading import empty_part, load_part
 from nitro_export.stages import DecodeStage
 from nitro_rt.errors import ExportError
 
@@ -22,18 +22,27 @@ LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def stage(tiny_tiny: Path) -> DecodeStage:
-    return DecodeStage(load_vae(read_checkpoint(tiny_tiny)), latent_size=8, size_px=64, batch=1).eval()
+    return DecodeStage(load_part(read_checkpoint(tiny_tiny), "vae"), latent_size=8, size_px=64, batch=1).eval()
+
+
+@pytest.fixture
+def graph(tiny_tiny: Path, tmp_path: Path) -> Path:
+    """The stage's graph in float32."""
+    vae, stored = empty_part(read_checkpoint(tiny_tiny), "vae")
+    empty = DecodeStage(vae, latent_size=8, size_px=64, batch=1).eval()
+    weights = {f"vae.{name}": tensor for name, tensor in stored.items()}
+    return graphs_from_stages(WeightFiles(folder=tmp_path), {"decode": empty}, weights, torch.float32)["decode"][0]
 
 
 def test_there_is_a_tolerance_for_each_stage_and_precision() -> None:
     assert set(parity.TOLERANCES) == set(itertools.product(("text", "denoise", "decode"), PRECISIONS))
 
 
-def test_a_changed_graph_is_found(stage: DecodeStage, tmp_path: Path) -> None:
-    path = graphs_from_stages(tmp_path, {"decode": stage}, (LATENTS,))["decode"][0]
+def test_a_changed_graph_is_found(stage: DecodeStage, graph: Path) -> None:
+    path = graph
     expected = parity.references(stage, [(LATENTS,)])
     assert parity.check_graph("decode", path, stage, [(LATENTS,)], expected, precision="fp32") <= 1
-    model = onnx.load(path)
+    model = parity.widened(path)  # weights inside, so that one can be changed
     weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
     weight.CopyFrom(numpy_helper.from_array(1.3 * numpy_helper.to_array(weight), weight.name))
     onnx.save(model, path)
@@ -51,18 +60,18 @@ def test_a_decoder_that_overflows_in_float16_is_refused(stage: DecodeStage) -> N
     layers[-1].weight.data *= 1e-5
     expected = parity.references(stage, [(LATENTS,)])
     assert np.isfinite(stage.levels(LATENTS).numpy()).all()
-    stage.halve()
-    with pytest.raises(ExportError, match=r"overflows.*sdxl-vae-fp16-fix"):
-        parity.check_half("decode", stage, [(LATENTS,)], expected)
+    stage.narrow(torch.float16)
+    with pytest.raises(ExportError, match=r"overflows in fp16.*sdxl-vae-fp16-fix"):
+        parity.check_narrow("decode", stage, [(LATENTS,)], expected, precision="fp16")
 
 
-def test_a_sound_decoder_passes_in_float16(stage: DecodeStage) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_sound_decoder_passes_narrowed(stage: DecodeStage, precision: str, dtype: torch.dtype) -> None:
     expected = parity.references(stage, [(LATENTS,)])
-    stage.halve()
-    parity.check_half("decode", stage, [(LATENTS,)], expected)
+    stage.narrow(dtype)
+    parity.check_narrow("decode", stage, [(LATENTS,)], expected, precision=precision)
 
 
-def test_a_reference_that_is_not_finite_is_refused(stage: DecodeStage, tmp_path: Path) -> None:
-    path = graphs_from_stages(tmp_path, {"decode": stage}, (LATENTS,))["decode"][0]
+def test_a_reference_that_is_not_finite_is_refused(stage: DecodeStage, graph: Path) -> None:
     with pytest.raises(ExportError, match="not finite"):
-        parity.check_graph("decode", path, stage, [(LATENTS,)], [(np.full((1, 64, 64, 3), np.nan),)], precision="fp32")
+        parity.check_graph("decode", graph, stage, [(LATENTS,)], [(np.full((1, 64, 64, 3), np.nan),)], precision="fp32")
