@@ -104,7 +104,8 @@ class Assembly:
             try:
                 yield folder
             except NitroError as exc:
-                raise type(exc)(str(exc).replace(str(folder), self.what)) from exc
+                said = str(exc).replace(f"{folder}{os.sep}", f"{self.what}: ").replace(str(folder), self.what)
+                raise type(exc)(said) from exc
 
     def check(self, parts: Sequence[str]) -> None:
         """Configs fit together, and these parts' weights are what their configs say.

@@ -1,0 +1,306 @@
+"""Every kind of --model, --decoder and --lora on a tiny checkpoint, down to the assembled folder's tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+from checkpoints import make_tiny_sdxl
+from layouts import PARTS, comfyui_file, kohya_lora, lora_matrices, original_unet_name, part_tensors, peft_lora
+from nitro_engines.models import resolve_model
+from nitro_export import checkpoint_sha256, read_checkpoint
+from nitro_export.sdxl import TAESDXL
+from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
+
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NITRO_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def unet_file(tiny_kl: Path, tmp_path: Path) -> Path:
+    """As NitroSD is published, here in the original UNet's names."""
+    path = tmp_path / "some_unet.safetensors"
+    save_file({original_unet_name(name): tensor for name, tensor in part_tensors(tiny_kl, "unet").items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def taesdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoders") / "taesdxl"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        AutoencoderTiny(**{key: value for key, value in TAESDXL.items() if not key.startswith("_")}).save_pretrained(folder)
+    return folder
+
+
+def require_weights_of(checkpoint: Path, assembled: Path, parts: tuple[str, ...] = PARTS) -> None:
+    for part in parts:
+        found, wanted = part_tensors(assembled, part), part_tensors(checkpoint, part)
+        names = {name.removeprefix("text_model."): tensor for name, tensor in wanted.items()}
+        assert {name.removeprefix("text_model.") for name in found} == names.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, names[name.removeprefix("text_model.")]), (part, name)
+
+
+def run_of(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "run.json").read_text()))
+
+
+def test_a_unet_alone_with_its_base(tiny_kl: Path, unet_file: Path) -> None:
+    source = resolve_model(unet_file.name, base=str(tiny_kl))
+    assert (source.name, source.origin, source.shift) == ("some_unet", "some_unet.safetensors on tiny-kl", None)
+    assert source.licence == "unknown and CC0-1.0"
+    assert source.notes == ("some_unet.safetensors, licence unknown", "base tiny-kl, licence CC0-1.0")
+    lines: list[str] = []
+    folder = source.assemble(lines.append)
+    assert folder == source.checkpoint
+    require_weights_of(tiny_kl, folder)
+    read_checkpoint(folder)
+    assert run_of(folder)["licence"] == source.licence and "shifted_timestep" not in run_of(folder)
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").samefile(
+        tiny_kl / "vae" / "diffusion_pytorch_model.safetensors"
+    )
+    assert any("writing unet/diffusion_pytorch_model.safetensors, 620 tensors" in line for line in lines)
+    assert any("18 files are hard links" in line for line in lines)
+
+
+def test_a_unet_with_diffusers_names_is_linked(tiny_kl: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_kl / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "u.safetensors"))
+    folder = resolve_model("u.safetensors", base=str(tiny_kl)).assemble()
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").samefile(path)
+
+
+def test_the_files_metadata_tell_shift_and_licence(tiny_kl: Path, tmp_path: Path) -> None:
+    tensors = part_tensors(tiny_kl, "unet")
+    roles = {"scale": 1.0} | {role: {"licence": licence} for role, licence in (("custom", "MIT"), ("nitro", "CC-BY-4.0"))}
+    save_file(tensors, tmp_path / "u.safetensors", {"shifted_timestep": "250", "transfer": json.dumps(roles)})
+    source = resolve_model("u.safetensors", base=str(tiny_kl))
+    assert (source.shift, source.licence) == (250, "MIT and CC-BY-4.0 and CC0-1.0")
+    assert run_of(source.assemble())["shifted_timestep"] == 250
+    save_file(tensors, tmp_path / "u.safetensors", {"modelspec.license": "openrail++"})
+    assert resolve_model("u.safetensors", base=str(tiny_kl)).licence == "openrail++ and CC0-1.0"
+
+
+def test_a_comfyui_checkpoint_takes_only_configs_and_tokenizers_of_its_base(tiny_kl: Path, tmp_path: Path) -> None:
+    comfyui_file(tiny_kl, tmp_path / "all.safetensors")
+    base = Path(shutil.copytree(tiny_kl, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "run.json")))
+    folder = resolve_model("all.safetensors", base="base").assemble()
+    require_weights_of(tiny_kl, folder)
+    for part in (*PARTS, "tokenizer", "tokenizer_2"):
+        for path in (base / part).glob("*.json"):
+            assert json.loads(path.read_text()) == json.loads((folder / part / path.name).read_text())
+
+
+def test_without_configs_in_the_base_sdxls_own_are_taken(tiny_kl: Path, tmp_path: Path) -> None:
+    comfyui_file(tiny_kl, tmp_path / "all.safetensors")
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_kl / part, tmp_path / "base" / part)
+    with pytest.raises(ExportError, match=r"^all.safetensors on base: text_encoder lacks 160 of 196 tensors: "):
+        resolve_model("all.safetensors", base="base")  # the tiny one is not of SDXL's size
+
+
+def test_a_base_that_lacks_what_the_file_lacks(tiny_kl: Path, unet_file: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_kl, tmp_path / "base"))
+    (base / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match="text_encoder_2 has no model.safetensors"):
+        resolve_model(unet_file.name, base="base")
+    shutil.rmtree(base / "tokenizer_2")
+    with pytest.raises(ModelNotFound, match="has no tokenizer_2"):
+        resolve_model(unet_file.name, base="base")
+
+
+def test_a_file_without_a_unet(tiny_kl: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_kl / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "v.safetensors")
+    with pytest.raises(ConfigError, match="holds no UNet, only vae; a VAE alone is for --decoder"):
+        resolve_model("v.safetensors", base=str(tiny_kl))
+
+
+def test_a_unet_of_another_architecture(tiny_kl: Path, tmp_path: Path) -> None:
+    tensors = part_tensors(tiny_kl, "unet")
+    tensors["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
+    del tensors["conv_out.bias"]
+    save_file(tensors, tmp_path / "u.safetensors")
+    with pytest.raises(ExportError, match="u.safetensors on tiny-kl: unet") as caught:
+        resolve_model("u.safetensors", base=str(tiny_kl))
+    assert "conv_in.weight" in str(caught.value) or "conv_out.bias" in str(caught.value)
+
+
+def test_nan_in_a_part_is_refused_before_anything_is_written(tiny_kl: Path, tmp_path: Path) -> None:
+    tensors = part_tensors(tiny_kl, "unet")
+    tensors["conv_in.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "u.safetensors")
+    with pytest.raises(ExportError, match="NaN or infinity in conv_in.weight"):
+        resolve_model("u.safetensors", base=str(tiny_kl))
+    assert not (tmp_path / "cache" / "models").exists()
+
+
+def test_a_preset_of_its_parts(tiny_kl: Path, tmp_path: Path) -> None:
+    models = tmp_path / "cache" / "models"
+    models.mkdir(parents=True)
+    shutil.copy(tiny_kl / "unet" / "diffusion_pytorch_model.safetensors", models / "nitrosd-realism_unet.safetensors")
+    shutil.copytree(tiny_kl, models / "stable-diffusion-xl-base-1.0", ignore=shutil.ignore_patterns("run.json"))
+    source = resolve_model("nitrosd-realism")
+    assert (source.name, source.shift, source.licence) == ("nitrosd-realism", 250, "CC-BY-NC-SA-4.0 and openrail++")
+    assert source.origin == "nitrosd-realism on stabilityai/stable-diffusion-xl-base-1.0"
+    folder = source.assemble()
+    require_weights_of(tiny_kl, folder)
+    assert run_of(folder)["shifted_timestep"] == 250 and run_of(folder)["licence"] == source.licence
+    other = resolve_model("nitrosd-realism", base=str(tiny_kl))
+    assert other.licence == "CC-BY-NC-SA-4.0 and CC0-1.0"
+
+
+def test_a_decoder_folder(tiny_kl: Path, taesdxl: Path) -> None:
+    source = resolve_model(str(tiny_kl), decoder=str(taesdxl))
+    assert (source.name, source.origin, source.shift) == ("tiny-kl-taesdxl", "tiny-kl, decoder taesdxl", 500)
+    folder = source.assemble()
+    require_weights_of(tiny_kl, folder, ("unet", "text_encoder", "text_encoder_2"))
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").samefile(taesdxl / "diffusion_pytorch_model.safetensors")
+    assert read_checkpoint(folder).vae["_class_name"] == "AutoencoderTiny"
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
+
+
+def test_the_tiny_decoder_is_looked_for(tiny_kl: Path, taesdxl: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="hf download madebyollin/taesdxl.*cache/models/taesdxl"):
+        resolve_model(str(tiny_kl), decoder="tiny")
+    shutil.copytree(taesdxl, tmp_path / "cache" / "models" / "taesdxl")
+    source = resolve_model(str(tiny_kl), decoder="tiny")
+    assert (source.name, source.licence) == ("tiny-kl-taesdxl", "CC0-1.0 and MIT")
+
+
+def test_the_tiny_decoder_is_for_sdxls_latents_only() -> None:
+    with pytest.raises(ConfigError, match="is for SDXL's latents.*nitro-emoji is an AutoencoderKL with 1.0"):
+        resolve_model("nitro-emoji", decoder="tiny")
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl", "kl, original names"])
+def test_a_decoder_as_a_single_file(tiny_kl: Path, taesdxl: Path, tmp_path: Path, kind: str) -> None:
+    path, whole = tmp_path / "decoder.safetensors", taesdxl if kind == "tiny" else tiny_kl / "vae"
+    if "original" in kind:
+        comfyui_file(tiny_kl, path, ("vae",))
+    else:
+        shutil.copy(whole / "diffusion_pytorch_model.safetensors", path)
+    folder = resolve_model(str(tiny_kl), decoder="decoder.safetensors").assemble()
+    found, wanted = (load_file(at / "diffusion_pytorch_model.safetensors") for at in (folder / "vae", whole))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    assert read_checkpoint(folder).vae["_class_name"] == ("AutoencoderTiny" if kind == "tiny" else "AutoencoderKL")
+
+
+def test_a_decoder_that_does_not_fit(tiny_kl: Path, taesdxl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(taesdxl, tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text())
+
+    def configured(**changes: object) -> None:
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    for changes, kind, said in (
+        ({"latent_channels": 16}, ConfigError, "other decodes 16 latent channels, SDXL's UNet gives 4"),
+        (
+            {"_class_name": "AutoencoderDC"},
+            ConfigError,
+            "is a AutoencoderDC, a decoder is one of AutoencoderKL, AutoencoderTiny",
+        ),
+        ({"decoder_block_out_channels": [64, 64, 64]}, ConfigError, "makes 4 pixels of a latent"),
+        (
+            {"num_decoder_blocks": [3, 3, 4, 1]},
+            ExportError,
+            "^tiny-kl, decoder other: vae lacks 15 of 140 tensors",
+        ),
+    ):
+        configured(**changes)
+        with pytest.raises(kind, match=said):
+            resolve_model(str(tiny_kl), decoder="other")
+    tensors = load_file(taesdxl / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.layers.0.weight"] = torch.zeros(64, 16, 3, 3)
+    save_file(tensors, tmp_path / "wide.safetensors")
+    with pytest.raises(ConfigError, match="wide.safetensors decodes 16 latent channels"):
+        resolve_model(str(tiny_kl), decoder="wide.safetensors")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match="holds no config.json"):
+        resolve_model(str(tiny_kl), decoder="other")
+    with pytest.raises(ModelNotFound, match="there is no such file"):
+        resolve_model(str(tiny_kl), decoder="nowhere")
+    with pytest.raises(ConfigError, match="holds no VAE, only unet"):
+        resolve_model(str(tiny_kl), decoder=str(tiny_kl / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+def test_kl_is_the_checkpoints_own(tiny_kl: Path, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_kl), decoder="kl")
+    assert source.assembly is None and source.checkpoint == tiny_kl
+    make_tiny_sdxl(tmp_path / "tiny-tiny", vae="tiny")
+    with pytest.raises(ConfigError, match="--decoder kl: the VAE of tiny-tiny is an AutoencoderTiny"):
+        resolve_model("tiny-tiny", decoder="kl")
+
+
+def test_loras_are_fused_and_enter_the_key_by_content(tiny_kl: Path, tmp_path: Path) -> None:
+    kohya_lora(tiny_kl, tmp_path / "one.safetensors")
+    peft_lora(tiny_kl, tmp_path / "two.safetensors", {"modelspec.license": "MIT"})
+    source = resolve_model(str(tiny_kl), loras=["one.safetensors:0.5", "two.safetensors"])
+    assert source.name == "tiny-kl-one-two" and source.shift == 500
+    assert source.origin == "tiny-kl, LoRA one.safetensors x 0.5, LoRA two.safetensors x 1"
+    assert source.licence == "CC0-1.0 and unknown and MIT"
+    folder = source.assemble()
+    weight = part_tensors(tiny_kl, "unet")["conv_in.weight"]
+    down, up = lora_matrices(tiny_kl)["unet", "conv_in"]
+    delta = (up.flatten(1) @ down.flatten(1)).view(weight.shape) * (0.5 * 2 / len(down) + 1)
+    torch.testing.assert_close(part_tensors(folder, "unet")["conv_in.weight"], weight + delta, rtol=0, atol=3e-6)
+    require_weights_of(tiny_kl, folder, ("vae",))
+
+    (tmp_path / "away").mkdir()
+    shutil.copytree(tiny_kl, tmp_path / "away" / "tiny-kl")
+    for name in ("one", "two"):
+        shutil.copy(f"{name}.safetensors", tmp_path / "away" / f"{name}-renamed.safetensors")
+    moved = ["away/one-renamed.safetensors:0.5", "away/two-renamed.safetensors:1.0"]
+    assert resolve_model("away/tiny-kl", loras=moved).key() == source.key()
+    keys = {source.key()}
+    for loras in (
+        ["one.safetensors:0.5"],
+        ["one.safetensors:0.25", "two.safetensors"],
+        ["two.safetensors", "one.safetensors:0.5"],
+    ):
+        keys.add(resolve_model(str(tiny_kl), loras=loras).key())
+    assert len(keys) == 4
+
+
+def test_everything_at_once(tiny_kl: Path, unet_file: Path, taesdxl: Path) -> None:
+    """A LoRA on renamed tensors, beside another decoder; the key is known before anything is written."""
+    peft_lora(tiny_kl, unet_file.with_name("style.safetensors"))
+    source = resolve_model(unet_file.name, base=str(tiny_kl), decoder=str(taesdxl), loras=["style.safetensors:2"])
+    assert source.known_sha256() is None and not source.checkpoint.exists()
+    with source.opened() as outline:
+        assert read_checkpoint(outline).native_size_px == 64
+    assert not source.checkpoint.exists()
+    folder = source.assemble()
+    assert folder.name == source.key() and source.known_sha256() == checkpoint_sha256(folder)
+    changed = {
+        name
+        for name, tensor in part_tensors(tiny_kl, "unet").items()
+        if not torch.equal(tensor, part_tensors(folder, "unet")[name])
+    }
+    assert changed == {f"{module}.weight" for part, module in lora_matrices(tiny_kl) if part == "unet"}
+
+
+def test_a_lora_for_another_base(tiny_kl: Path, tmp_path: Path) -> None:
+    peft_lora(tiny_kl, tmp_path / "l.safetensors")
+    with pytest.raises(ConfigError, match="is for another base: of its 18 layers"):
+        resolve_model("nitro-emoji", loras=["l.safetensors"])
+
+
+def test_the_shift_of_an_extracted_lora(tiny_kl: Path, tmp_path: Path) -> None:
+    """`extract-lora` writes the student's shift; it holds where the base, an ordinary SDXL, has none."""
+    peft_lora(tiny_kl, tmp_path / "l.safetensors", {"shifted_timestep": "250"})
+    assert resolve_model(str(tiny_kl), loras=["l.safetensors"]).shift == 500
+    base = Path(shutil.copytree(tiny_kl, tmp_path / "base", ignore=shutil.ignore_patterns("run.json")))
+    assert resolve_model(str(base), loras=["l.safetensors"]).shift == 250
