@@ -48,4 +48,5 @@ def _cpu_features() -> list[str]:
     """Those that decide what a CPU backend computes in."""
     found = re.search(r"^flags\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     flags = set(found.group(1).split()) if found else set()
-    return [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if name in flags]
+    deciding = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+    return [name for name in deciding if name in flags]
