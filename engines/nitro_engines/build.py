@@ -6,15 +6,18 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nitro_engines.bundle import BuildResult, bundle_from_graphs, read_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, fsync, silent, storage_errors
+from nitro_engines.gate import Gate
 from nitro_engines.plan import Preparation, prepare_build
 from nitro_engines.publish import prepare
+from nitro_engines.quantisation import recipe_of
 from nitro_engines.request import BuildRequest
-from nitro_rt.errors import BundleError
+from nitro_rt.errors import BundleError, ModelNotFound
 
 
 def build(request: BuildRequest, report: Report = silent, cache: EngineCache | None = None) -> BuildResult:
@@ -40,30 +43,71 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
     started = time.perf_counter()
     graphs, exported = _graphs(prepared, cache, report)
     seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
-    result = bundle_from_graphs(graphs, out, prepared.backend, cache, report)
+    gate = Gate(
+        checkpoint=lambda: prepared.source.assemble(report),
+        num_prompts=prepared.request.gate_prompts,
+        allow_quality_loss=prepared.request.allow_quality_loss,
+    )
+    result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=gate)
     return dataclasses.replace(result, seconds={**seconds, **result.seconds})
 
 
 def _graphs(prepared: Preparation, cache: EngineCache, report: Report) -> tuple[Path, bool]:
-    """The folder of exported graphs, and whether it was exported now."""
+    """The folder of graphs to build from, and whether it was made now."""
     folder = cache.graphs / prepared.graphs_key
-    with cache.making(prepared.graphs_key, "these graphs", report) as work:
+    if prepared.quantisation is None:
+        return _kept(prepared.float_key, "graphs", lambda out: _export(prepared, out, report), cache, report)
+    if _whole(folder):
+        report(f"graphs in {prepared.quantisation.precision} of {prepared.source.name} from the cache")
+        return folder, False
+    exported, _ = _kept(prepared.float_key, "graphs", lambda out: _export(prepared, out, report), cache, report)
+    return _kept(
+        prepared.graphs_key,
+        f"graphs in {prepared.quantisation.precision}",
+        lambda out: _quantise(prepared, exported, out, cache, report),
+        cache,
+        report,
+    )
+
+
+def _kept(key: str, what: str, make: Callable[[Path], None], cache: EngineCache, report: Report) -> tuple[Path, bool]:
+    """The cache's folder of graphs with this key, and whether `make` had to write it now."""
+    folder = cache.graphs / key
+    with cache.making(key, f"these {what}", report) as work:
         if folder.is_dir():
             try:
                 read_graphs(folder)
-                report(f"graphs of {prepared.source.name} from the cache")
+                report(f"{what} from the cache")
                 return folder, False
             except BundleError as exc:
-                report(f"the cached graphs {prepared.graphs_key[:12]} are damaged and are exported again: {exc}")
+                report(f"the cached {what} {key[:12]} are damaged and are made again: {exc}")
                 with storage_errors("removing damaged graphs", folder):
                     shutil.rmtree(folder)
-        _export(prepared, work / "graphs", report)
+        make(work / "graphs")
         with storage_errors("storing the graphs", folder):
             for path in sorted((work / "graphs").rglob("*")):
                 fsync(path)
             os.replace(work / "graphs", folder)
             fsync(folder.parent)
         return folder, True
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        read_graphs(folder)
+    except (ModelNotFound, BundleError):
+        return False  # absent or damaged
+    return True
+
+
+def _quantise(prepared: Preparation, exported: Path, out: Path, cache: EngineCache, report: Report) -> None:
+    from nitro_export.quantise import quantise_graphs
+
+    assert prepared.quantisation is not None
+    checkpoint = prepared.source.assemble(report)
+    with foreign_errors(f"quantising {prepared.source.name}", out.parent):
+        recipe = recipe_of(prepared.quantisation, prepared.float_fields, checkpoint, cache, report)
+        quantise_graphs(exported, out, recipe, report=_without(out, report))
 
 
 def _export(prepared: Preparation, out: Path, report: Report) -> None:
@@ -77,11 +121,16 @@ def _export(prepared: Preparation, out: Path, report: Report) -> None:
             out,
             steps=request.steps,
             shift=request.shift,
-            precision=request.precision,
+            precision=prepared.float_fields["precision"],
             size_px=request.size_px,
             batch=request.batch,
             name=prepared.source.name,
             origin=prepared.source.origin,
             licence=prepared.source.licence,
-            report=lambda line: report(line.replace(str(out), "the cache")),  # where it is written is no place to look
+            report=_without(out, report),
         )
+
+
+def _without(out: Path, report: Report) -> Report:
+    """Says "the cache" for the folder that is written: it will have moved when somebody looks."""
+    return lambda line: report(line.replace(str(out), "the cache"))

@@ -39,8 +39,8 @@ Compile = Callable[[Backend], Engines]
 class Gate:
     """What a bundle is judged by."""
 
-    checkpoint: Path
-    """The folder that the graphs were exported from."""
+    checkpoint: Callable[[], Path]
+    """Gives the folder that the graphs were exported from; called if the parent must draw."""
     num_prompts: int = 4
     """Pictures per step count."""
     allow_quality_loss: bool = False

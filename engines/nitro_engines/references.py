@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, silent, source_sha256
 from nitro_engines.keys import Fields, key_of
-from nitro_rt.errors import BundleError, ConfigError
+from nitro_engines.request import MAX_GATE_PROMPTS
+from nitro_rt.errors import BundleError
 from nitro_rt.manifest import FileRef, GraphsManifest, Reference, check_file
 from nitro_rt.quality import require_sound
 from nitro_rt.schedule import StepSchedule
@@ -48,17 +50,17 @@ PROMPTS = (
 
 
 def references_of(
-    checkpoint: Path, graphs: GraphsManifest, num_prompts: int, cache: EngineCache, report: Report = silent
+    checkpoint: Callable[[], Path], graphs: GraphsManifest, num_prompts: int, cache: EngineCache, report: Report = silent
 ) -> tuple[Reference, ...]:
     """The parent's pictures of the first `num_prompts` prompts at every step count of `graphs`.
 
     Args:
-        checkpoint: the folder that `graphs` were exported from.
-    Raises: ConfigError for a number of prompts that there are not; BundleError for pictures that would judge nothing (NaN,
+        checkpoint: gives the folder that `graphs` were exported from; called if a picture must be drawn.
+        num_prompts: at most `MAX_GATE_PROMPTS`.
+    Raises: BundleError for pictures that would judge nothing (NaN,
         uniform, saturated); ExportError, BuildError if the checkpoint cannot be loaded or the cache not be written.
     """
-    if not 1 <= num_prompts <= len(PROMPTS):
-        raise ConfigError(f"the quality gate takes 1 to {len(PROMPTS)} prompts, got {num_prompts}")
+    assert 1 <= num_prompts <= len(PROMPTS) == MAX_GATE_PROMPTS
     painter = _Painter(checkpoint, graphs, cache, report)
     return tuple(
         painter.reference(prompt, FIRST_SEED + index, num_steps)
@@ -70,7 +72,7 @@ def references_of(
 class _Painter:
     """Takes pictures from the cache, or loads the parent and draws them."""
 
-    def __init__(self, checkpoint: Path, graphs: GraphsManifest, cache: EngineCache, report: Report) -> None:
+    def __init__(self, checkpoint: Callable[[], Path], graphs: GraphsManifest, cache: EngineCache, report: Report) -> None:
         self._checkpoint, self._graphs, self._cache, self._report = checkpoint, graphs, cache, report
         self._parent: Parent | None = None
         self._shared = {
@@ -129,7 +131,7 @@ class _Painter:
             from nitro_export import read_checkpoint
             from nitro_export.parent import Parent
 
-            self._parent = Parent(read_checkpoint(self._checkpoint), size_px=self._graphs.size_px)
+            self._parent = Parent(read_checkpoint(self._checkpoint()), size_px=self._graphs.size_px)
         return self._parent
 
 

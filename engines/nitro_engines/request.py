@@ -14,11 +14,10 @@ from nitro_rt.schedule import MAX_STEPS
 if TYPE_CHECKING:
     from nitro_export import Checkpoint
 
-PRECISIONS = ("fp32", "fp16")
-"""What can be built now."""
-LATER_PRECISIONS = ("bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 MAX_BATCH = 64
 MAX_SHIFT = 1000
+MAX_GATE_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class BuildRequest:
     steps: tuple[int, ...] = (1,)
     """Step counts that one bundle serves, each from 1 to 4; kept sorted, without repeats."""
     precision: str = "fp32"
-    """fp32 or fp16: the type of the graphs."""
+    """fp32, fp16 or bf16: the type of the graphs; int8 or fp8: of their quantised operators; auto: the fastest that passes."""
     backend: str = "openvino"
     """openvino, onnxruntime or tensorrt-rtx. The default runs everywhere; GPU executors come with TensorRT proper."""
     targets: tuple[str, ...] = ()
@@ -47,6 +46,10 @@ class BuildRequest:
     """Images per call that the engines have room for."""
     shift: int | None = None
     """shifted_timestep, 1 to 1000; None: from the checkpoint."""
+    gate_prompts: int = 4
+    """Pictures per step count that the bundle is compared with its float32 parent by, before it is published."""
+    allow_quality_loss: bool = False
+    """Publish a bundle that misses its quality limits, and say so in its manifest."""
     out: Path | None = None
     """The bundle's folder; None: engines/<model>-<steps>step."""
 
@@ -55,14 +58,14 @@ class BuildRequest:
         object.__setattr__(self, "steps", _steps(self.steps))
         object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
         object.__setattr__(self, "loras", tuple(self.loras))
-        if self.precision in LATER_PRECISIONS:
-            raise ConfigError(f"--precision {self.precision} is not available yet; available: {', '.join(PRECISIONS)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision!r} is unknown; available: {', '.join(PRECISIONS)}")
         if not 1 <= self.batch <= MAX_BATCH:
             raise ConfigError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}")
         if self.size_px is not None and self.size_px < 1:
             raise ConfigError(f"--size must be positive, got {self.size_px}")
+        if not 1 <= self.gate_prompts <= MAX_GATE_PROMPTS:
+            raise ConfigError(f"--gate-prompts must be from 1 to {MAX_GATE_PROMPTS}, got {self.gate_prompts}")
         if self.shift is not None and not 1 <= self.shift <= MAX_SHIFT:
             raise ConfigError(f"--shift must be from 1 to {MAX_SHIFT}, got {self.shift}")
 

@@ -53,9 +53,9 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8", "auto"]),
     show_default="fp32",
-    help="Number type of the graphs.",
+    help="Number type of the graphs; int8 and fp8 are calibrated; auto: the fastest that passes the quality gate.",
 )
 @click.option(
     "--backend",
@@ -67,6 +67,13 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
 @click.option("--size", "size_px", type=int, metavar="PIXELS", help="Edge of the image; the model's own if not given.")
 @click.option("--batch", type=int, show_default="1", help="Largest number of images per call.")
 @click.option("--shift", type=int, help="Timestep shift, 1 to 1000; the checkpoint's own if not given.")
+@click.option(
+    "--gate-prompts",
+    type=int,
+    show_default="4",
+    help="Pictures per step count that the bundle is compared with the checkpoint in float32 by, 1 to 16.",
+)
+@click.option("--allow-quality-loss", is_flag=True, help="Publish a bundle that misses its quality limits, and record that.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--explain", is_flag=True, help="Say which field of the engine key differs from the nearest build before.")

@@ -293,7 +293,7 @@ def test_the_defaults_that_build_shows_are_the_request_s() -> None:
     default = BuildRequest()
     shown = {option.name: option.show_default for option in build_command.params if isinstance(option, click.Option)}
     expected = {"steps": "1", "model": default.model, "precision": default.precision, "backend": default.backend}
-    expected["batch"] = str(default.batch)
+    expected |= {"batch": str(default.batch), "gate_prompts": str(default.gate_prompts)}
     assert {name: value for name, value in shown.items() if isinstance(value, str)} == expected
     assert default.steps == (1,) and default.size_px is default.shift is default.out is None and default.targets == ()
 
