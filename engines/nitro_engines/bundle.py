@@ -37,7 +37,7 @@ from nitro_rt.manifest import (
     sealed,
 )
 
-GRAPH_DTYPES = {"fp32": "float32", "fp16": "float16"}
+GRAPH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 """What most graphs of an export compute in, by its precision."""
 
 

@@ -12,6 +12,7 @@ from nitro_engines.bundle import GRAPH_DTYPES, backend_fields, bundle_fields, gr
 from nitro_engines.cache import EngineCache
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
 from nitro_engines.models import ModelSource, resolve_model
+from nitro_engines.quantisation import BASE_PRECISION, Quantisation, quantisation_of
 from nitro_engines.request import BuildRequest
 from nitro_rt.errors import BundleError, ModelNotFound
 from nitro_rt.manifest import GraphsManifest
@@ -87,9 +88,21 @@ class Preparation:
     backend: Backend
     checkpoint_sha256: str | None
     """None until a checkpoint made of parts is assembled."""
-    graphs_fields: Fields
+    float_fields: Fields
     """Everything that decides the exported graphs."""
-    graphs_key: str
+    quantisation: Quantisation | None
+    """What is done to them; None for a float precision."""
+
+    @property
+    def float_key(self) -> str:
+        return key_of(self.float_fields)
+
+    @property
+    def graphs_key(self) -> str:
+        """Of the graphs that the engines are built from."""
+        if self.quantisation is None:
+            return self.float_key
+        return key_of({**self.float_fields, "quantisation": self.quantisation.fields()})
 
 
 def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
@@ -137,6 +150,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
     source = resolve_model(request.model, base=request.base, decoder=request.decoder, loras=request.loras)
     with source.opened() as folder:
         resolved = request.resolved(source, read_checkpoint(folder))
+    quantisation = quantisation_of(request.precision, request.backend)
     fields = {
         "checkpoint": source.key(),
         "name": source.name,
@@ -144,7 +158,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
         "licence": source.licence,
         "steps": list(resolved.steps),
         "shift": resolved.shift,
-        "precision": resolved.precision,
+        "precision": BASE_PRECISION if quantisation else resolved.precision,
         "size_px": resolved.size_px,
         "batch": resolved.batch,
         "toolchain": toolchain(),
@@ -154,15 +168,15 @@ def prepare_build(request: BuildRequest) -> Preparation:
         source=source,
         backend=backend,
         checkpoint_sha256=source.known_sha256(),
-        graphs_fields=fields,
-        graphs_key=key_of(fields),
+        float_fields=fields,
+        quantisation=quantisation,
     )
 
 
 def _fields_before_export(prepared: Preparation) -> Fields:
     """`bundle_fields` without the graphs' digests."""
     precision = prepared.request.precision
-    graphs, own = prepared.graphs_fields, backend_fields(prepared.backend, precision, GRAPH_DTYPES[precision])
+    graphs, own = prepared.float_fields, backend_fields(prepared.backend, precision, GRAPH_DTYPES[precision])
     shared = {name: graphs[name] for name in ("steps", "shift", "size_px", "batch")}
     if prepared.checkpoint_sha256 is not None:
         shared["checkpoint_sha256"] = prepared.checkpoint_sha256

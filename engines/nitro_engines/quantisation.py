@@ -1,0 +1,91 @@
+"""What a quantised build asks for beyond its precision, and the two steps that make its graphs: calibrate, rewrite."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nitro_export
+from nitro_engines.cache import EngineCache
+from nitro_engines.files import Report, source_sha256
+from nitro_engines.host import cpu_target
+from nitro_engines.keys import Fields, key_of
+from nitro_rt.errors import BundleError
+
+if TYPE_CHECKING:
+    from nitro_export.quantise import QuantisationRecipe
+
+QUANTISED = ("int8", "fp8")
+BASE_PRECISION = "fp16"
+"""What the layers that are not quantised are exported in."""
+DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm", "asimd"}
+"""CPUs with one of these add 8-bit products up in 32 bits. Others (AVX2 alone) saturate at 16 bits on the way."""
+CPU_BACKENDS = ("openvino", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """The arguments of `nitro_export.quantise.calibrate` that a build decides."""
+
+    precision: str
+    """int8 or fp8."""
+    weight_bits: int
+    """7 for CPUs whose 8-bit multiplication saturates; 8 elsewhere."""
+    seed: int = 0
+
+    def fields(self) -> Fields:
+        """For keys: the options, and the code that gives them their meaning."""
+        package = Path(nitro_export.__file__).parent / "quantise"
+        return dataclasses.asdict(self) | {"source": source_sha256(package)}
+
+
+def quantisation_of(precision: str, backend: str) -> Quantisation | None:
+    """What `precision` means on `backend`; None for a float precision."""
+    if precision not in QUANTISED:
+        return None
+    saturates = backend in CPU_BACKENDS and not DOT_PRODUCTS & set(cpu_target()["features"].split())
+    return Quantisation(precision=precision, weight_bits=7 if saturates and precision == "int8" else 8)
+
+
+def recipe_of(
+    quantisation: Quantisation,
+    fields: Fields,
+    checkpoint: Path,
+    cache: EngineCache,
+    report: Report,
+) -> QuantisationRecipe:
+    """The recipe for these graphs: from the cache, or measured now on the checkpoint in float32.
+
+    Args:
+        fields: what decides the float graphs: checkpoint, shift, steps, size.
+    """
+    from nitro_export import read_checkpoint
+    from nitro_export.parent import Parent
+    from nitro_export.quantise import QuantisationRecipe, calibrate
+
+    names = ("checkpoint", "steps", "shift", "size_px", "toolchain")
+    key = key_of({"recipe": quantisation.fields(), **{name: fields[name] for name in names}})
+    with cache.making(key, "this calibration", report) as work:
+        known = cache.find_record("recipes", key)
+        if known is not None:
+            try:
+                recipe = QuantisationRecipe.from_dict(known)
+                report(f"calibration for {quantisation.precision} from the cache")
+                return recipe
+            except BundleError as exc:
+                report(f"the cached calibration {key[:12]} is damaged and is measured again: {exc}")
+        recipe = calibrate(
+            Parent(read_checkpoint(checkpoint), size_px=fields["size_px"]),
+            steps=fields["steps"],
+            shift=fields["shift"],
+            **_arguments(quantisation),
+            report=report,
+        )
+        cache.store_record("recipes", key, recipe.as_dict(), work)
+        return recipe
+
+
+def _arguments(quantisation: Quantisation) -> dict[str, Any]:
+    return dataclasses.asdict(quantisation)
