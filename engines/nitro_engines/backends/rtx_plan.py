@@ -1,50 +1,29 @@
-"""TensorRT-RTX: an engine is one plan for the named GPUs, compiled here without a GPU or driver."""
+"""TensorRT-RTX: an engine is one plan for the named GPUs, compiled here without a GPU or driver, each in its own process."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import json
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nitro_engines.backends.base import check_bindings, version
+import tensorrt_rtx  # noqa: F401  where it is missing, `load_backend` says so
+
+from nitro_engines.backends.base import version
 from nitro_engines.files import storage_errors
-from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
-from nitro_rt.manifest import Graph, TensorSpec
+from nitro_engines.host import available_bytes
+from nitro_rt.errors import BuildError, ConfigError
+from nitro_rt.manifest import Graph
 
+if find_spec("polygraphy") is None:  # it is loaded in the compiler's process only
+    raise ImportError("No module named 'polygraphy'", name="polygraphy")
 
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-# polygraphy reads this once, when it is imported: a process has either TensorRT or TensorRT-RTX.
-with _environment("POLYGRAPHY_USE_TENSORRT_RTX", "1"):
-    import tensorrt_rtx as trt
-    from polygraphy import config as polygraphy_config
-    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
-    from polygraphy.logger import G_LOGGER
-
-_DTYPES = {
-    trt.float32: "float32",
-    trt.float16: "float16",
-    trt.bfloat16: "bfloat16",
-    trt.int64: "int64",
-    trt.int32: "int32",
-    trt.uint8: "uint8",
-}
+COMPILER = ("-m", "nitro_engines.backends._rtx_compile")
 
 
 class TensorRtRtxBackend:
@@ -54,10 +33,6 @@ class TensorRtRtxBackend:
 
     def __init__(self, capabilities: dict[str, tuple[int, int]]) -> None:
         """Args: capabilities: compute capability by target name; one plan serves them all."""
-        if not polygraphy_config.USE_TENSORRT_RTX:
-            raise BackendUnavailable(
-                "this process loaded polygraphy for TensorRT, and it cannot serve both; build in a fresh process"
-            )
         self._capabilities = capabilities
 
     def toolchain(self) -> dict[str, str]:
@@ -85,46 +60,62 @@ class TensorRtRtxBackend:
         return graph_dtype
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
-        plan = work / "engine.plan"
-        with _messages() as messages:
-            try:
-                builder, network, parser = NetworkFromOnnxPath(str(onnx_path), strongly_typed=True)()
-                check_bindings(_specs(network.num_inputs, network.get_input), graph.inputs, "inputs", onnx_path)
-                check_bindings(_specs(network.num_outputs, network.get_output), graph.outputs, "outputs", onnx_path)
-                config = CreateConfigRTX(compute_capabilities=list(self._capabilities.values()))
-                content = EngineBytesFromNetwork((builder, network, parser), config=config)()
-            except BuildError:
-                raise
-            except Exception as exc:  # polygraphy's own exception says little; TensorRT's messages do
-                reason = "; ".join(dict.fromkeys(messages)) or str(exc)
-                targets = ", ".join(self._capabilities)
-                raise BuildError(f"TensorRT-RTX refused {onnx_path.name} for {targets}: {reason}") from exc
-        with storage_errors("writing the plan", work):
-            plan.write_bytes(content)
+        plan, job, result = work / "engine.plan", work / "job.json", work / "result.json"
+        content = {
+            "onnx": str(onnx_path),
+            "plan": str(plan),
+            "result": str(result),
+            "compute_capabilities": list(self._capabilities.values()),
+            "inputs": [dataclasses.asdict(spec) for spec in graph.inputs],
+            "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
+        }
+        with storage_errors("preparing the compiler", work):
+            job.write_text(json.dumps(content), encoding="utf-8")
+        status, peak_bytes, words = _run(job, work)
+        try:
+            outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise BuildError(f"TensorRT-RTX {_end(status, peak_bytes)} while it compiled {onnx_path.name}{words}") from None
+        if "mismatch" in outcome:
+            raise BuildError(outcome["mismatch"])
+        if "storage" in outcome:
+            with storage_errors("writing the plan", work):
+                raise OSError(*outcome["storage"], str(plan))
+        if "refused" in outcome:
+            targets = ", ".join(self._capabilities)
+            raise BuildError(f"TensorRT-RTX refused {onnx_path.name} for {targets}: {outcome['refused']}")
         return [plan]
 
 
-def _specs(count: int, tensor_at: Any) -> list[TensorSpec]:
-    tensors = [tensor_at(index) for index in range(count)]
-    return [TensorSpec(name=t.name, dtype=_DTYPES.get(t.dtype, str(t.dtype)), shape=tuple(t.shape)) for t in tensors]
+def _run(job: Path, work: Path) -> tuple[int, int, str]:
+    """Returns: exit code (negative: the signal), peak resident bytes, and what the process said last."""
+    said = work / "compiler.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *COMPILER, str(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return process.returncode, usage.ru_maxrss * 1024, f": {last}" if last else ""
 
 
-@contextmanager
-def _messages() -> Iterator[list[str]]:
-    """The errors that TensorRT logs while it works; they go nowhere else. What is changed for that is put back."""
-    collected: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: collected.append(" ".join(record.getMessage().split()))  # type: ignore[method-assign]
-    logger = logging.getLogger("Polygraphy")
-    propagated, was_python = logger.propagate, G_LOGGER.use_python_logging_system
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with G_LOGGER.verbosity(G_LOGGER.ERROR), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # polygraphy calls what TensorRT-RTX deprecates
-            G_LOGGER.use_python_logging_system = True
-            yield collected
-    finally:
-        G_LOGGER.use_python_logging_system = was_python
-        logger.propagate = propagated
-        logger.removeHandler(handler)
+def _end(status: int, peak_bytes: int) -> str:
+    held = f"its process held {peak_bytes / 2**30:.1f} GiB"
+    if status == -signal.SIGKILL:
+        return (
+            f"was killed, most likely for memory ({held}, {available_bytes() / 2**30:.1f} GiB are available now): close other "
+            "programs, choose a smaller --size, or build on a machine with more memory;"
+        )
+    if status < 0:
+        return f"crashed with signal {signal.Signals(-status).name} ({held})"
+    return f"ended with status {status} ({held})"
