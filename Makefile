@@ -1,4 +1,4 @@
-# make demo | test | test-full | check | fix | bench | bench-train | ablation | emoji-data | emoji-teacher | emoji-model
+# make demo | test | test-full | check | fix | bench | bench-train | bench-export | ablation | emoji-data | emoji-teacher | emoji-model
 # PYTHON is the interpreter that the virtual environment is made with; everything else happens inside $(VENV).
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check fix bench bench-train ablation emoji-data emoji-teacher emoji-model
+.PHONY: help demo test test-full check fix bench bench-train bench-export ablation emoji-data emoji-teacher emoji-model
 
 help:
 	@echo 'make demo           build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
@@ -28,6 +28,7 @@ help:
 	@echo 'make emoji-teacher  train its teacher from nothing, resuming where it stopped'
 	@echo 'make emoji-model    distil the shipped model again from its teacher, resuming where it stopped'
 	@echo 'make bench-train    training speed and memory for growing pools, beside a plain LADD-style loop'
+	@echo 'make bench-export   export, quantisation, build and speed at full size, beside the peers; hours, kept in pieces'
 	@echo 'make ablation       the ablation table of the method, resuming where it stopped'
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
@@ -84,6 +85,17 @@ bench: $(VENV)/.dev-stamp
 
 bench-train: $(VENV)/.dev-stamp
 	$(BIN)/python -m nitro_bench.training --report benchmarks/reports
+
+# Hours at full size: what is measured stays in runs/bench-export, and the next run goes on from there. optimum's exporter has an
+# environment of its own, since it needs older versions of what nitro-rt is built on.
+OPTIMUM := runs/bench-export/optimum
+bench-export: $(VENV)/.dev-stamp $(OPTIMUM)/.stamp
+	$(BIN)/python -m nitro_bench.export --work runs/bench-export --optimum-python $(OPTIMUM)/bin/python --report benchmarks/reports
+
+$(OPTIMUM)/.stamp: benchmarks/nitro_bench/export-peer-requirements.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
 
 # It starts from the one-step weights of nitro-emoji's own run where that is here, and trains some otherwise.
 ablation: $(VENV)/.dev-stamp

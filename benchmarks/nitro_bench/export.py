@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from nitro_bench.export_plan import ExportBenchConfig, Measurement, measurements
-from nitro_bench.export_report import ExportReport, markdown
+from nitro_bench.export_report import ExportReport, markdown, multiplies_natively
 from nitro_bench.machine import commit, machine
 from nitro_rt.errors import NitroError
 
@@ -158,7 +158,7 @@ class _Names(click.ParamType):
 @click.option("--rounds", default=ExportBenchConfig.rounds, show_default=True, help="Processes per side, in turns.")
 @click.option("--calls", default=ExportBenchConfig.num_calls, show_default=True, help="Timed in each process.")
 @click.option("--prompts", default=ExportBenchConfig.num_prompts, show_default=True, help="Of the calibration.")
-@click.option("--weight-bits", default=ExportBenchConfig.weight_bits, show_default=True, help="7 on x86 without VNNI.")
+@click.option("--weight-bits", type=click.IntRange(7, 8), help="Of INT8; default: 8 with AMX or VNNI, else 7.")
 @click.option("--optimum-python", type=click.Path(path_type=Path), help="Interpreter of optimum's environment.")
 @click.option("--limit-s", default=ExportBenchConfig.limit_s, show_default=True, help="Of any one process.")
 @click.option("--only", multiple=True, help="Pattern of measurements to make; repeatable.")
@@ -172,7 +172,7 @@ def main(
     rounds: int,
     calls: int,
     prompts: int,
-    weight_bits: int,
+    weight_bits: int | None,
     optimum_python: Path | None,
     limit_s: float,
     only: tuple[str, ...],
@@ -181,6 +181,7 @@ def main(
     report_folder: Path | None,
 ) -> None:
     """Measure export, quantisation, build, quality and latency at SDXL's size, in pieces that are kept."""
+    features = machine()["cpu_features"]
     try:
         config = ExportBenchConfig(
             work=work.resolve(),
@@ -189,7 +190,8 @@ def main(
             rounds=rounds,
             num_calls=calls,
             num_prompts=prompts,
-            weight_bits=weight_bits,
+            weight_bits=weight_bits or (8 if multiplies_natively(features) else 7),
+            bf16_sizes=sizes if "bf16" in features else ExportBenchConfig.bf16_sizes,
             optimum_python=optimum_python and optimum_python.absolute(),
             limit_s=limit_s,
         )

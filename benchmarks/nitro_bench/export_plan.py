@@ -37,7 +37,7 @@ class ExportBenchConfig:
     bf16_sizes: tuple[str, ...] = ("half",)
     """Checkpoints on which the peers are also timed in bfloat16; `full` too on a processor that has it."""
     weight_bits: int = 8
-    """7 on processors whose 8-bit multiplication saturates (x86 without VNNI)."""
+    """Of INT8; 7 on processors whose 8-bit multiplication saturates (x86 without VNNI or AMX)."""
     optimum_python: Path | None = None
     """Of an environment with export-peer-requirements.txt; None leaves optimum out."""
     limit_gib: float = 16.0
