@@ -9,6 +9,7 @@ import openvino
 
 from nitro_rt.errors import EngineMismatch
 from nitro_rt.manifest import Engine, TensorSpec
+from nitro_rt.openvino_model import read_model
 from nitro_rt.session import Array, check_buffers, check_specs
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8"}
@@ -23,9 +24,7 @@ class OpenVinoSession:
         self._stage, self._engine = stage, engine
         try:
             core = openvino.Core()
-            # A graph without weights has an empty file beside it, which OpenVINO would refuse.
-            weights = [path for path in paths[1:] if path.stat().st_size]
-            model = core.read_model(paths[0], *weights)
+            model = read_model(core, paths, widen=engine.options.get("INFERENCE_PRECISION_HINT") == "f32")
             compiled = core.compile_model(model, DEVICE, dict(engine.options))
             hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except RuntimeError as exc:

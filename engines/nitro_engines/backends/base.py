@@ -63,7 +63,7 @@ def available_backends() -> tuple[str, ...]:
 def _openvino(targets: tuple[str, ...]) -> Backend:
     _refuse_targets("openvino", targets)
     try:
-        from nitro_engines.backends.openvino_ir import OpenVinoBackend
+        from nitro_engines.backends.openvino_graph import OpenVinoBackend
     except ImportError as exc:
         raise _missing("openvino", "cpu,export", exc) from exc
     return OpenVinoBackend()

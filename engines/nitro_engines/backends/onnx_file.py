@@ -1,9 +1,4 @@
-"""ONNX Runtime: an engine is the exported graph itself, checked, with its weights' file beside it.
-
-A graph names its weights' file inside itself, and a bundle names files by content. The exporter names them by content
-too, so graph and weights move as they are, whatever their size (inlining would end at protobuf's 2 GiB), and the
-`denoise` graphs of several step counts share one weights' file. Anything else is refused rather than rewritten.
-"""
+"""ONNX Runtime: an engine is the exported graph itself, checked, with its weight files beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +12,8 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from nitro_engines.backends.base import check_bindings
-from nitro_engines.backends.onnx_graph import external_files
-from nitro_engines.files import foreign_errors, link_or_copy
+from nitro_engines.backends.onnx_graph import link_graph
+from nitro_engines.files import foreign_errors
 from nitro_engines.host import cpu_target
 from nitro_rt.errors import BackendUnavailable, BuildError
 from nitro_rt.manifest import Graph, TensorSpec
@@ -54,30 +49,14 @@ class OnnxRuntimeBackend:
         return "float16" if graph_dtype == "float16" and _has_fp16_kernels() else "float32"
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
-        _check_names(onnx_path, graph)
-        files: list[Path] = []
+        files = link_graph(onnx_path, graph, work)
         with foreign_errors(f"preparing {onnx_path.name} for ONNX Runtime", work):
-            for reference in graph.files:
-                source = onnx_path.parent / reference.path
-                files.append(work / (source.name if files else "engine.onnx"))
-                link_or_copy(source, files[-1])
             session = _session(str(files[0]))
         if session.get_providers() != [PROVIDER]:
             raise BuildError(f"ONNX Runtime took {session.get_providers()} instead of {PROVIDER}")
         check_bindings([_spec(node) for node in session.get_inputs()], graph.inputs, "inputs", onnx_path)
         check_bindings([_spec(node) for node in session.get_outputs()], graph.outputs, "outputs", onnx_path)
         return files
-
-
-def _check_names(onnx_path: Path, graph: Graph) -> None:
-    """Every file that the graph points to is one of the manifest's and has its content name."""
-    known = {f"{reference.sha256}{Path(reference.path).suffix}" for reference in graph.files[1:]}
-    unknown = sorted(external_files(onnx_path) - known)
-    if unknown:
-        raise BuildError(
-            f"{onnx_path.name} keeps weights in {unknown[0]!r}, which is no content name of export.json, "
-            f"found {', '.join(sorted(known)) or 'none'}; export again"
-        )
 
 
 def _session(model: str | bytes, level: Any = None, optimised: Path | None = None) -> onnxruntime.InferenceSession:

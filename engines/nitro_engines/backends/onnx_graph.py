@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from nitro_engines.files import link_or_copy, storage_errors
 from nitro_export import structure
 from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph
@@ -48,6 +49,29 @@ def float_weight_bytes(path: Path) -> dict[str, int]:
             width = 4 if dtype == "float32" else 2
             counts[dtype] = counts.get(dtype, 0) + width * math.prod(tensor.dims)
     return counts
+
+
+def link_graph(onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+    """The graph and its weight files in `work`, as hard links where the file system has them; the graph first.
+
+    A graph names its weight files inside itself, and a bundle names files by content. The exporter names them by content
+    too, so they move as they are, whatever their size, and the denoisers of several step counts share them.
+    Raises: BuildError if the graph points to a file of another name, or links cannot be made.
+    """
+    known = {f"{reference.sha256}{Path(reference.path).suffix}" for reference in graph.files[1:]}
+    unknown = sorted(external_files(onnx_path) - known)
+    if unknown:
+        raise BuildError(
+            f"{onnx_path.name} keeps weights in {unknown[0]!r}, which is no content name of export.json, "
+            f"found {', '.join(sorted(known)) or 'none'}; export again"
+        )
+    paths: list[Path] = []
+    with storage_errors(f"linking {onnx_path.name}", work):
+        for reference in graph.files:
+            source = onnx_path.parent / reference.path
+            paths.append(work / (source.name if paths else "engine.onnx"))
+            link_or_copy(source, paths[-1])
+    return paths
 
 
 def external_files(path: Path) -> set[str]:

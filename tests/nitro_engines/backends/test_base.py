@@ -11,7 +11,7 @@ from nitro_rt.errors import BackendUnavailable
 @pytest.mark.parametrize(
     ("backend", "module", "library", "extra"),
     [
-        ("openvino", "openvino_ir", "openvino", "cpu,export"),
+        ("openvino", "openvino_graph", "openvino", "cpu,export"),
         ("onnxruntime", "onnx_file", "onnxruntime", "cpu,export"),
         ("tensorrt-rtx", "rtx_plan", "tensorrt_rtx", "tensorrt-rtx,export"),
     ],
