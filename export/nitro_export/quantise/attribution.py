@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nitro_export.quantise.drawing import Report, WatchedStage, watched_stages, weights_of
 from nitro_export.quantise.formats import FP8, INT8, UINT8, NumberFormat
-from nitro_export.quantise.prompts import built_in_prompts
+from nitro_export.quantise.prompts import built_in_prompts, prompts_sha256
 from nitro_export.quantise.ranges import QUANTISABLE
 from nitro_export.quantise.recipe import QuantisationRecipe
 from nitro_export.quantise.sensitivity import sqnr_db
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WORST = 10
 SUSPICIOUS_DB = 3.0
-"""Below what calibration measured: other prompts move an operator's figure by less."""
+"""Below what calibration measured: fewer prompts and another choice of rows move an operator's figure by less."""
 FORMATS = {kind.onnx_type: kind for kind in (INT8, UINT8, FP8)}
 
 
@@ -59,7 +59,6 @@ def attribute(
     parent: Parent,
     *,
     prompts: Sequence[str] | None = None,
-    seed: int = 1,
     worst: int | None = WORST,
     report: Report = lambda line: None,
 ) -> tuple[LayerError, ...]:
@@ -67,10 +66,12 @@ def attribute(
 
     Args:
         graphs: a folder of `quantise_graphs`.
-        parent: the same checkpoint in float32; it draws one picture per prompt with the largest step count in the folder.
-        prompts: None means two built-in ones drawn with `seed`.
+        parent: the same checkpoint in float32; it draws one picture per prompt with the largest step count in the folder,
+            best at the size of the recipe's calibration.
+        prompts: what calibration was given, or its beginning; None means the first two of the built-in ones. On anything
+            that calibration has not seen, inputs may leave their range, and operators look wrong that are as they should be.
         worst: how many; None means all.
-    Raises: ConfigError if the graphs are not quantised; ExportError if they lack a layer of their recipe.
+    Raises: ConfigError if the graphs are not quantised or prompts are needed; ExportError if they lack a layer of their recipe.
     """
     path = graphs / EXPORT_FILE
     manifest = from_json(GraphsManifest, path.read_text(encoding="utf-8"), where=str(path))
@@ -78,11 +79,11 @@ def attribute(
         raise ConfigError(f"{graphs} holds graphs in {manifest.precision}: nothing in them is quantised")
     recipe = QuantisationRecipe.from_dict(manifest.quantisation, where=str(path))
     expected = {layer.name: layer.sqnr_db for layer in recipe.layers}
-    chosen = tuple(prompts) if prompts is not None else built_in_prompts(2, seed)
+    chosen = _prompts(recipe, prompts)
     graph_of = {"denoise": manifest.denoise[max(manifest.denoise)], "decode": manifest.decode}
     found: list[LayerError] = []
     kinds = (*QUANTISABLE, nn.LayerNorm)
-    for stage in watched_stages(parent, chosen, manifest.schedule.steps, kinds=kinds, seed=seed, report=report):
+    for stage in watched_stages(parent, chosen, manifest.schedule.steps, kinds=kinds, seed=recipe.seed, report=report):
         path = graphs / graph_of[stage.name].files[0].path
         operators = _operators(load_structure(path), graphs)
         if missing := [name for name in stage.modules if name in expected and name not in operators]:
@@ -91,6 +92,15 @@ def attribute(
             found.append(LayerError(name=name, sqnr_db=_sqnr(name, operator, stage), expected_db=expected[name]))
     found.sort(key=lambda error: (not error.suspicious, error.sqnr_db, error.name))
     return tuple(found[:worst])
+
+
+def _prompts(recipe: QuantisationRecipe, prompts: Sequence[str] | None) -> tuple[str, ...]:
+    if prompts is not None:
+        return tuple(prompts)
+    built_in = built_in_prompts(recipe.num_prompts, recipe.seed)
+    if prompts_sha256(built_in) != recipe.prompts_sha256:
+        raise ConfigError("the recipe was calibrated on prompts of its own; give them, attribution needs inputs that were seen")
+    return built_in[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +169,8 @@ def _sqnr(name: str, operator: _Operator, stage: WatchedStage) -> float:
         rows = recorder.records[recorder.leaders[operator.norm]].rows()
         parents = norm(rows)
         given = nn.functional.layer_norm(rows, norm.normalized_shape, eps=norm.eps)
-        for apply, value in zip((torch.mul, torch.add), operator.norm_affine, strict=False):  # a norm may have no bias
-            given = apply(given, value)
+        weight, *bias = operator.norm_affine
+        given = given * weight + (bias[0] if bias else 0)
     if operator.smoothing_K is not None:
         given = given * operator.smoothing_K
     codes = operator.codes.reshape(len(operator.codes), -1)

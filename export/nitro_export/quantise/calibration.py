@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from nitro_export.parent import Parent
 
 MIN_SQNR_DB = {"int8": 20.0, "fp8": 20.0}
+HEADROOM = 1.1
+"""On nitro-emoji 1.2 lifts the worst of 16 unseen pictures by 0.9 dB and costs the decoder 0.9; 1.5 costs two everywhere."""
 LIMITS = {"int8": {"psnr_db": 25.0, "ssim": 0.85}, "fp8": {"psnr_db": 22.0, "ssim": 0.8}}
 
 
@@ -40,6 +42,7 @@ def calibrate(
     num_prompts: int | None = None,
     symmetric: bool = True,
     weight_bits: int = 8,
+    headroom: float = HEADROOM,
     min_sqnr_db: float | None = None,
     max_kept_share: float = 0.1,
     min_share: float = 1e-4,
@@ -57,12 +60,15 @@ def calibrate(
         num_prompts: None means all of `prompts`, or as many built-in ones as `default_num_prompts` says.
         symmetric: activations with the zero point 0 (TensorRT demands it); otherwise uint8 with their own.
         weight_bits: 7 for processors whose 8-bit multiplication saturates.
+        headroom: what the chosen ranges are widened by, 1 or more: other prompts reach further than those that were drawn.
         min_sqnr_db, max_kept_share, min_share: see `QuantisationRecipe`.
     Returns: the same recipe each time for the same arguments on the same machine.
     Raises: ConfigError for a request that makes no sense; ExportError for a damaged checkpoint.
     """
     formats = Formats(activations=activation_format(precision, symmetric), weights=weight_format(precision, weight_bits))
     chosen = _prompts(prompts, num_prompts, parent.size_px, seed)
+    if not 1 <= headroom <= 4:
+        raise ConfigError(f"headroom must be from 1 to 4, got {headroom}")
     if not steps or len(set(steps)) != len(steps):
         raise ConfigError(f"steps must name each step count once, got {tuple(steps)}; available: 1, 2, 3, 4")
     alphas = alphas_cumprod_from_config(parent.checkpoint.scheduler)
@@ -78,7 +84,7 @@ def calibrate(
     layers: list[QuantisedLayer] = []
     kept: list[KeptLayer] = []
     for stage in watched_stages(parent, chosen, schedules, kinds=QUANTISABLE, seed=seed, report=report):
-        measured = _measured(stage, formats)
+        measured = _measured(stage, formats, headroom)
         stays = sensitive(measured, **bounds)
         layers += [layer for layer in measured if layer.name not in stays]
         kept += stays.values()
@@ -95,6 +101,7 @@ def calibrate(
         noise_levels=noise_levels,
         shift=shift,
         seed=seed,
+        headroom=headroom,
         num_prompts=len(chosen),
         prompts_sha256=prompts_sha256(chosen),
         limits=LIMITS[precision],
@@ -121,7 +128,7 @@ def _prompts(prompts: Sequence[str] | None, num_prompts: int | None, size_px: in
 
 
 @torch.no_grad()
-def _measured(stage: WatchedStage, formats: Formats) -> list[QuantisedLayer]:
+def _measured(stage: WatchedStage, formats: Formats, headroom: float) -> list[QuantisedLayer]:
     """Every layer that ran, quantised alone."""
     records, modules = stage.recorder.records, stage.modules
     total = sum(sum(record.multiplications.values()) for record in records.values())
@@ -134,6 +141,7 @@ def _measured(stage: WatchedStage, formats: Formats) -> list[QuantisedLayer]:
             {name: functools.partial(weights_of, modules[name]) for name in record.multiplications},
             formats,
             smoothed=isinstance(modules[leader], nn.Linear),
+            headroom=headroom,
             shares={name: count / total for name, count in record.multiplications.items()},
         )
     return layers

@@ -27,7 +27,7 @@ class QuantisedLayer:
     """Of its input after smoothing: what the codes reach down to. With symmetric ranges -high; up to 0 otherwise."""
     high: float
     clip: float
-    """Share of the largest input ever seen that the range keeps: 1 is its maximum, less was better by squared error."""
+    """Share of the largest input seen that was kept, before headroom: 1 is all, less was better by squared error."""
     alpha: float | None
     """SmoothQuant's migration strength; None where no smoothing was better."""
     smoothing: str
@@ -79,6 +79,8 @@ class QuantisationRecipe:
     shift: int
     seed: int
     """Of the noise and of the choice of samples."""
+    headroom: float
+    """What the ranges were widened by, for prompts that reach further than those that were drawn."""
     num_prompts: int
     prompts_sha256: str
     """Of the prompts, one per line."""

@@ -45,6 +45,7 @@ def quantised_layers(
     formats: Formats,
     *,
     smoothed: bool,
+    headroom: float,
     shares: Mapping[str, float],
 ) -> list[QuantisedLayer]:
     """The layers that are given one tensor, with the smoothing and then the range that make the least noise in their outputs.
@@ -52,15 +53,18 @@ def quantised_layers(
     Args:
         weights: reads each layer's weights, [O, K] float32 over the record's rows; one layer is in memory at a time.
         smoothed: whether SmoothQuant is tried (linear layers).
+        headroom: see `QuantisationRecipe`.
     """
     rows = record.rows()
-    smoothings = [_choice(record, None, None, 1.0)]
+    smoothings = [_choice(record, None, None, 1.0, headroom)]
     if smoothed:
         assert record.amax_C is not None
         amax_of_weights_C = torch.stack([read().abs().amax(dim=0) for read in weights.values()]).amax(dim=0)
-        smoothings += [_choice(record, alpha, exponents(record.amax_C, amax_of_weights_C, alpha), 1.0) for alpha in ALPHAS]
+        smoothings += [
+            _choice(record, alpha, exponents(record.amax_C, amax_of_weights_C, alpha), 1.0, headroom) for alpha in ALPHAS
+        ]
     best = _least_noise(rows, weights, formats, smoothings)[0] if smoothed else smoothings[0]
-    ranges = [_choice(record, best.alpha, best.exponents, clip) for clip in CLIPS]
+    ranges = [_choice(record, best.alpha, best.exponents, clip, headroom) for clip in CLIPS]
     choice, found = _least_noise(rows, weights, formats, ranges)
     return [
         QuantisedLayer(
@@ -107,7 +111,7 @@ class _Choice:
         return None if self.exponents is None else torch.exp2(self.exponents)
 
 
-def _choice(record: InputRecord, alpha: float | None, factors: Tensor | None, clip: float) -> _Choice:
+def _choice(record: InputRecord, alpha: float | None, factors: Tensor | None, clip: float, headroom: float) -> _Choice:
     low, high = record.low, record.high
     if factors is not None:
         # Signs are known per tensor only: after smoothing the range is taken as the magnitude on the sides in use.
@@ -116,7 +120,11 @@ def _choice(record: InputRecord, alpha: float | None, factors: Tensor | None, cl
         low, high = (-amax if low < 0 else 0.0), (amax if high > 0 else 0.0)
     limit = clip * max(-low, high) or 1.0  # an input that is always 0 needs some range
     return _Choice(
-        alpha=alpha, exponents=factors, low=_rounded(max(low, -limit)), high=_rounded(min(high, limit) or limit), clip=clip
+        alpha=alpha,
+        exponents=factors,
+        low=_rounded(headroom * max(low, -limit)),
+        high=_rounded(headroom * (min(high, limit) or limit)),
+        clip=clip,
     )
 
 
