@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nitro_export.repeat import Row, lengthen, shorten
 from nitro_export.stages import Stage
 from nitro_export.stored import StoredTensor, sha256_of_finite
 from nitro_export.structure import check_structure
@@ -88,9 +89,10 @@ def graphs_from_stages(
     first, *_ = stages
     tables = {name: _values(dict(stage.named_buffers(recurse=False))) for name, stage in stages.items()}
     constants = _values({name: b for name, b in stages[first].named_buffers() if name not in tables[first]})
+    rows = shorten(stages[first])
     model = _model_from_stage(first, stages[first], dtype)
     _check_contract(first, model, stages[first])
-    _simplify(model)
+    _simplify(model, rows)
     _strip(model)
     data = _set_weights(model, files, stored, constants | tables[first], dtype)
     written: dict[str, tuple[Path, ...]] = {}
@@ -183,7 +185,7 @@ def _spec_of(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
 
 
-def _simplify(model: ir.Model) -> None:
+def _simplify(model: ir.Model, rows: list[Row]) -> None:
     """Inline functions and fold constants; weights have no values, so nothing that depends on them can be folded.
 
     The optimiser's rewrite rules are left out: on a UNet they take longer than the whole export and change next to nothing.
@@ -196,6 +198,8 @@ def _simplify(model: ir.Model) -> None:
         _name_casts(model)
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
         passes.IdentityEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        lengthen(model, rows)
         passes.CommonSubexpressionEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
 
