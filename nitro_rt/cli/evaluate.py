@@ -42,7 +42,8 @@ TITLES = {
 @json_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON document there too.")
 def command(*, checkpoint: Path, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score the model at CHECKPOINT, per step count, with 95 % bootstrap intervals.
+    """Score the model at CHECKPOINT, per step count, with 95 % bootstrap intervals. An engine bundle draws from the same
+    noise as its checkpoint, so that its scores can be compared with the checkpoint's.
 
     \b
     top-1, top-5   share of images of held-out (colour, concept) pairs whose pair is found among all pairs

@@ -14,7 +14,8 @@ no FID and the retrieval no CLIP score. Definitions: docs/evaluation.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nitro_rt.errors import ConfigError, ModelNotFound, ShapeError
+from nitro_rt.bundle import Bundle, open_bundle
+from nitro_rt.errors import ConfigError, EngineMismatch, ModelNotFound, ShapeError
+from nitro_rt.executor import open_executor
+from nitro_rt.manifest import BUNDLE_FILE
+from nitro_rt.references import with_steps
 from nitro_rt.schedule import MAX_STEPS
+from nitro_rt.tokenizer import Tokenizer
 from nitro_training import bootstrap, colours, frechet
 from nitro_training.bootstrap import Array, Interval
 from nitro_training.emoji import EmojiDataset, file_sha256
@@ -92,7 +98,9 @@ class Evaluation:
     """The result of `evaluate`; `as_dict` is its JSON."""
 
     checkpoint: str
-    unet_sha256: str
+    """Folder of the student: a checkpoint or a bundle."""
+    unet_sha256: str | None
+    """Of a checkpoint's UNet; None for a bundle."""
     teacher: str | None
     teacher_unet_sha256: str | None
     metric_sha256: str
@@ -107,6 +115,8 @@ class Evaluation:
     level: float
     rows: tuple[Row, ...]
     versions: dict[str, str]
+    bundle_sha256: str | None = None
+    """Of a bundle's manifest, which holds every file's digest; None for a checkpoint."""
     schema_version: int = SCHEMA_VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,19 +138,23 @@ def evaluate(
     """Draw images and score them.
 
     Args:
-        checkpoint: the student, a diffusers SDXL folder with `run.json`.
+        checkpoint: the student, a diffusers SDXL folder with `run.json`, or an engine bundle of one. A bundle draws the same
+            prompts from the same noise as its checkpoint, so that the two differ by the bundle alone.
         teacher: a folder of the same kind, drawn with 25 guided steps from the same noise; adds ratios and distances to it.
         metric: the judge's folder.
-        steps: step counts of the student, each 1 to 4.
+        steps: step counts of the student, each 1 to 4; of a bundle, those that it was built for.
         num_images: images per column, half of them of held-out pairs.
-        data: the data set the judge was trained on; adds real images, as they are and through the checkpoint's VAE.
+        data: the data set the judge was trained on; adds real images, as they are and through the checkpoint's VAE (a bundle
+            has no encoder, so it is refused there).
     Raises: ModelNotFound or ConfigError for what is missing, damaged, or of another domain or size.
     """
     counts = _checked_steps(steps)
     _require_numbers(num_images, num_resamples)
     judge = Metric.load(metric)
     prompts = choose_prompts(judge, num_images, seed)
-    student = _load(checkpoint, judge)  # everything is read before anything is drawn: a wrong path shows at once
+    # Everything is read before anything is drawn: a wrong path shows at once.
+    bundle = _open_bundle(checkpoint, judge, counts, data) if (checkpoint / BUNDLE_FILE).is_file() else None
+    student = None if bundle else _load(checkpoint, judge)
     teaching = None if teacher is None else _load(teacher, judge)
     real = None if data is None else real_images(EmojiDataset.load(data), judge, prompts)
     columns: list[tuple[str, str, int | None, Scores]] = []
@@ -149,6 +163,7 @@ def evaluate(
         columns.append((name, kind, num_steps, score(images, prompts, judge)))
 
     if real is not None:
+        assert student is not None
         add("real images", "real", None, real)
         add("real, through the VAE", "real", None, through_vae(student, real, report))
     if teaching is not None:
@@ -156,10 +171,17 @@ def evaluate(
         add(f"teacher, {TEACHER_STEPS} steps", "teacher", TEACHER_STEPS, images)
     for count in counts:
         name = f"{count} step{'s' if count > 1 else ''}"
-        add(name, "student", count, draw(student, prompts, count, seed, _part(report, name)))
+        part = _part(report, name)
+        if bundle:
+            images = draw_with_bundle(bundle, prompts, count, seed, part)
+        else:
+            assert student is not None
+            images = draw(student, prompts, count, seed, part)
+        add(name, "student", count, images)
     return Evaluation(
         checkpoint=str(checkpoint),
-        unet_sha256=_unet_sha256(checkpoint),
+        unet_sha256=None if bundle else _unet_sha256(checkpoint),
+        bundle_sha256=bundle.digest if bundle else None,
         teacher=None if teacher is None else str(teacher),
         teacher_unet_sha256=None if teacher is None else _unet_sha256(teacher),
         metric_sha256=judge.manifest["sha256"]["encoder.safetensors"],
@@ -299,6 +321,47 @@ def draw(
     return torch.cat(images).numpy()
 
 
+def draw_with_bundle(
+    bundle: Bundle, prompts: Sequence[Prompt], num_steps: int, seed: int, report: Callable[[int, int], None]
+) -> Images:
+    """Images uint8 [N, H, W, 3] of the prompts from a bundle's engines, from the very noise that `draw` gives its checkpoint.
+
+    Raises: BackendUnavailable, EngineMismatch if its engines do not run here.
+    """
+    manifest, size = bundle.manifest, bundle.manifest.batch
+    tokenizers = [Tokenizer(bundle.path(spec.file), spec) for spec in manifest.tokenizers]
+    images = []
+    with closing(open_executor(with_steps(bundle, num_steps))) as executor:
+        executor.prepare(num_steps)
+        for first, noise_NBCHW in _noise(len(prompts), num_steps, bundle.latent_CHW, seed):
+            for start in range(0, noise_NBCHW.shape[1], size):
+                part_NBCHW = noise_NBCHW[:, start : start + size]
+                count = part_NBCHW.shape[1]
+                padded_NBCHW = np.zeros((num_steps, size, *bundle.latent_CHW), np.float32)
+                padded_NBCHW[:, :count] = part_NBCHW
+                texts = [prompt.text for prompt in prompts[first + start : first + start + count]]
+                ids_BT, ids_2_BT = (tokenizer.encode_batch(texts, size) for tokenizer in tokenizers)
+                drawing = executor.draw(num_steps, ids_BT, ids_2_BT, padded_NBCHW)
+                if not drawing.finite:
+                    raise EngineMismatch(f"{bundle.folder} gave latents that are not finite at {num_steps} steps")
+                images.append(drawing.images_BHWC[:count])
+            report(first + noise_NBCHW.shape[1], len(prompts))
+    return np.concatenate(images)
+
+
+def _noise(
+    num_images: int, num_steps: int, latent_CHW: tuple[int, int, int], seed: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(index of the first image, noise [N, B, 4, h, w] of one batch) as `draw` takes it: [0] the first latents, then the
+    fresh noise of each step but the last."""
+    start, between = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    for first in range(0, num_images, BATCH):
+        shape = (min(BATCH, num_images - first), *latent_CHW)
+        noises = [torch.randn(shape, generator=start)]
+        noises += [torch.randn(shape, generator=between) for _ in range(num_steps - 1)]
+        yield first, torch.stack(noises).numpy()
+
+
 def real_images(dataset: EmojiDataset, judge: Metric, prompts: Sequence[Prompt]) -> Images:
     """The real image of each prompt: a caption's own, and a pair's in the style that unstyled prompts mean, where there is one.
 
@@ -338,19 +401,35 @@ def _part(report: Report, name: str) -> Callable[[int, int], None]:
     return lambda done, total: report(name, done, total, {})
 
 
+def _open_bundle(folder: Path, judge: Metric, steps: Sequence[int], data: Path | None) -> Bundle:
+    bundle = open_bundle(folder)
+    bundle.check_files()
+    if data is not None:
+        raise ConfigError(f"--data adds real images through the VAE's encoder, which the bundle {folder} lacks; leave it out")
+    missing = [count for count in steps if count not in bundle.built_steps]
+    if missing:
+        built = ",".join(map(str, bundle.built_steps))
+        raise ConfigError(f"{folder} was not built for {missing[0]} steps; say --steps {built}, or build it for more")
+    _require_size(folder, bundle.manifest.sizes_px[0], judge)
+    return bundle
+
+
 def _load(folder: Path, judge: Metric) -> Checkpoint:
     _require_run_file(folder)
     try:
         model = Checkpoint.load(folder)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"the checkpoint {folder} cannot be read: {' '.join(str(exc).split())[:300]}") from exc
-    side = model.unet.config.sample_size * 8
+    _require_size(folder, model.unet.config.sample_size * 8, judge)
+    return model
+
+
+def _require_size(folder: Path, side: int, judge: Metric) -> None:
     if side != judge.config.size_px:
         raise ConfigError(
             f"{folder} draws {side}x{side} pixels, the metric judges {judge.config.size_px}x{judge.config.size_px}: "
             "its scores hold for the emoji domain only; name a metric of that size with --metric"
         )
-    return model
 
 
 def _require_run_file(folder: Path) -> None:
