@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Stream:
 File = Link | Text | Stream
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Assembly:
     """A checkpoint folder that may not exist yet."""
 
@@ -70,6 +70,8 @@ class Assembly:
     """run.json: name, licence, shifted_timestep."""
     what: str
     """For messages."""
+    _whole: Path | None = field(default=None, init=False, repr=False, compare=False)
+    """The folder, once this process has made it or compared its digest."""
 
     @cached_property
     def key(self) -> str:
@@ -126,10 +128,13 @@ class Assembly:
         Raises: BuildError if it cannot be written or the disk is full; ExportError if a LoRA makes weights overflow.
         """
         folder = self.folder(cache)
+        if self._whole == folder and folder.is_dir():
+            return folder
         with cache.making(f"model-{self.key}", f"the checkpoint {self.what}", report) as work:
             if folder.is_dir():
                 if self._is_whole(folder, cache):
                     report(f"checkpoint {self.what} from the cache")
+                    self._whole = folder
                     return folder
                 report(f"the assembled checkpoint {self.key[:12]} is damaged and is assembled again")
                 with storage_errors("removing a damaged checkpoint", folder):
@@ -144,6 +149,7 @@ class Assembly:
                         fsync(path)
                 os.replace(new, folder)
                 fsync(folder.parent)
+        self._whole = folder
         return folder
 
     def _is_whole(self, folder: Path, cache: EngineCache) -> bool:

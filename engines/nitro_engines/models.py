@@ -194,7 +194,7 @@ def _from_name(model: str, base: str | None) -> ModelSource | Draft:
     return _whole(model)
 
 
-def _whole(model: str) -> ModelSource:
+def _whole(model: str, option: str = "--model") -> ModelSource:
     """A checkpoint folder by name, path or hub id."""
     if model == DEFAULT_MODEL:
         return _shipped(model)
@@ -203,10 +203,10 @@ def _whole(model: str) -> ModelSource:
         resolved = path.resolve()
         return ModelSource(name=short_name(resolved.name), checkpoint=resolved, origin=resolved.name)
     if HUB_ID.fullmatch(model):
-        return _from_hub_cache(model)
+        return _from_hub_cache(model, option)
     known = ", ".join((DEFAULT_MODEL, *_PRESETS))
     raise ModelNotFound(
-        f"no model {model!r}: it is no folder here and no known name; known: {known}, a folder, a hub id OWNER/NAME, "
+        f"{option} {model!r}: it is no folder here and no known name; known: {known}, a folder, a hub id OWNER/NAME, "
         "a .safetensors file with --base"
     )
 
@@ -227,7 +227,7 @@ def _preset(model: str, base: str | None) -> ModelSource | Draft:
     if base is None and folder.is_dir():
         return ModelSource(name=model, checkpoint=folder, origin=model, licence=preset.licence, shift=preset.shift)
     unet = hub_file(preset.repository, preset.unet)
-    others = _whole(base) if base is not None else _sdxl_base()
+    others = _whole(base, "--base") if base is not None else _sdxl_base()
     missing = []
     if unet is None:
         missing.append(
@@ -263,19 +263,19 @@ def _from_file(model: str, base: str | None) -> Draft:
         )
     if _is_weight_file(base) or base in _PRESETS:
         raise ConfigError(f"--base {base} must be a checkpoint folder in the diffusers layout, or a hub id of one")
-    return Draft.of_unet(path.resolve(), _whole(base), name=short_name(path.name))
+    return Draft.of_unet(path.resolve(), _whole(base, "--base"), name=short_name(path.name))
 
 
-def _from_hub_cache(model: str) -> ModelSource:
+def _from_hub_cache(model: str, option: str) -> ModelSource:
     folder = hub_snapshot(model)
     if folder is None:
         raise ModelNotFound(
-            f"--model {model}: neither a folder here nor in the hub cache {hub_cache()}, and nitro-rt downloads nothing; "
-            f"fetch it with `hf download {model}`, or name a folder: --model FOLDER"
+            f"{option} {model}: neither a folder here nor in the hub cache {hub_cache()}, and nitro-rt downloads nothing; "
+            f"fetch it with `hf download {model}`, or name a folder: {option} FOLDER"
         )
     if not (folder / "model_index.json").is_file() and (files := sorted(folder.glob("*.safetensors"))):
         raise ModelNotFound(
-            f"--model {model}: this repository holds no diffusers checkpoint but single files, such as {files[0].name}; "
+            f"{option} {model}: this repository holds no diffusers checkpoint but single files, such as {files[0].name}; "
             f"name one: --model {files[0]} --base {SDXL}"
         )
     return ModelSource(name=model.rpartition("/")[2], checkpoint=folder, origin=model, licence=hub_licence(folder))

@@ -11,6 +11,7 @@ from nitro_engines.backends import Backend, load_backend
 from nitro_engines.bundle import GRAPH_DTYPES, backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
 from nitro_engines.cache import EngineCache
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
+from nitro_engines.memory import MemoryForecast, plan_memory
 from nitro_engines.models import ModelSource, resolve_model
 from nitro_engines.quantisation import BASE_PRECISION, Quantisation, quantisation_of
 from nitro_engines.request import BuildRequest
@@ -20,7 +21,7 @@ from nitro_rt.manifest import GraphsManifest
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """The facts of `--dry-run` and `--explain`. Nothing was written and torch was not loaded to find them."""
+    """The facts of `--dry-run` and `--explain`. Nothing was written to find them; torch is loaded only to check single files, decoders and LoRAs."""
 
     request: BuildRequest
     """With size, shift and output folder decided."""
@@ -39,6 +40,7 @@ class BuildPlan:
     """The engine key built before that differs least; None if none was built."""
     differences: tuple[Difference, ...]
     """Its fields that differ, as far as they are known."""
+    memory: MemoryForecast
     out: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,7 +50,8 @@ class BuildPlan:
         source |= {"checkpoint": str(self.source.checkpoint)}
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         differing = [dataclasses.asdict(difference) for difference in self.differences]
-        return facts | {"request": request, "source": source, "differences": differing, "out": str(self.out)}
+        own = {"request": request, "source": source, "differences": differing, "memory": self.memory.as_dict()}
+        return facts | own | {"out": str(self.out)}
 
     def lines(self, *, explain: bool = False) -> list[str]:
         """For people; `explain` adds the comparison with the nearest key."""
@@ -64,6 +67,7 @@ class BuildPlan:
             f"graphs      {'cached' if self.graphs_cached else 'to be exported'}",
             *(f"engine      {stage}: {state}" for stage, state in self.stages.items()),
             f"engine key  {self.engine_key or 'known after the export'}",
+            *self.memory.lines(),
             f"out         {self.out}",
         ]
         return lines + self._explanation() if explain else lines
@@ -111,7 +115,7 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
     Raises: ConfigError, ModelNotFound, ExportError, BackendUnavailable as `build` would before its work starts.
     """
     prepared, cache = prepare_build(request), cache or EngineCache()
-    graphs = _cached_graphs(cache.graphs / prepared.graphs_key)
+    graphs = cached_graphs(cache.graphs / prepared.graphs_key)
     if graphs is None:
         fields = _fields_before_export(prepared)
         stages = dict.fromkeys(("text", *(f"denoise/{n}" for n in prepared.request.steps), "decode"), "unknown")
@@ -137,8 +141,33 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
         stages=stages,
         nearest_key=closest,
         differences=differences(fields, built[closest]) if closest else (),
+        memory=forecast(prepared, cache, graphs),
         out=prepared.request.out,
     )
+
+
+def forecast(prepared: Preparation, cache: EngineCache, graphs: GraphsManifest | None) -> MemoryForecast:
+    """What the build needs beyond what is cached. Args: graphs: the cached ones; None: they are to be made."""
+    from nitro_export import read_checkpoint
+
+    request, backend = prepared.request, prepared.backend
+    assert request.size_px is not None
+    keys = {stage: key_of(stage_fields(graphs, stage, g, backend)) for stage, g in graphs_of(graphs)} if graphs else {}
+    with prepared.source.opened() as folder:
+        return plan_memory(
+            read_checkpoint(folder),
+            precision=request.precision,
+            num_steps=request.steps,
+            size_px=request.size_px,
+            batch=request.batch,
+            backend=backend.name,
+            compute_dtype=backend.compute_dtype(GRAPH_DTYPES[request.precision]),
+            targets=request.targets,
+            cache_root=cache.root,
+            exported=graphs is not None,
+            built=frozenset(stage for stage, key in keys.items() if cache.has(key)),
+            gated=request.gate_prompts > 0,
+        )
 
 
 def prepare_build(request: BuildRequest) -> Preparation:
@@ -183,7 +212,7 @@ def _fields_before_export(prepared: Preparation) -> Fields:
     return {**shared, **own, "toolchain": {**graphs["toolchain"], **own["toolchain"]}}
 
 
-def _cached_graphs(folder: Path) -> GraphsManifest | None:
+def cached_graphs(folder: Path) -> GraphsManifest | None:
     try:
         return read_graphs(folder)
     except (ModelNotFound, BundleError):

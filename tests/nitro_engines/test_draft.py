@@ -274,6 +274,21 @@ def test_loras_are_fused_and_enter_the_key_by_content(tiny_kl: Path, tmp_path: P
     assert len(keys) == 4
 
 
+def test_a_lora_on_a_unet_in_shards(tiny_kl: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_kl, tmp_path / "base"))
+    tensors, files = part_tensors(tiny_kl, "unet"), ("a.safetensors", "b.safetensors")
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    weight_map = {name: files[number % 2] for number, name in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, base / "unet" / file)
+    index = base / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    loras = [str(peft_lora(tiny_kl, tmp_path / "l.safetensors"))]
+    folder = resolve_model("base", loras=loras).assemble()
+    assert sorted(path.name for path in (folder / "unet").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    require_weights_of(resolve_model(str(tiny_kl), loras=loras).assemble(), folder)
+
+
 def test_everything_at_once(tiny_kl: Path, unet_file: Path, taesdxl: Path) -> None:
     """A LoRA on renamed tensors, beside another decoder; the key is known before anything is written."""
     peft_lora(tiny_kl, unet_file.with_name("style.safetensors"))
@@ -284,11 +299,8 @@ def test_everything_at_once(tiny_kl: Path, unet_file: Path, taesdxl: Path) -> No
     assert not source.checkpoint.exists()
     folder = source.assemble()
     assert folder.name == source.key() and source.known_sha256() == checkpoint_sha256(folder)
-    changed = {
-        name
-        for name, tensor in part_tensors(tiny_kl, "unet").items()
-        if not torch.equal(tensor, part_tensors(folder, "unet")[name])
-    }
+    before, after = part_tensors(tiny_kl, "unet"), part_tensors(folder, "unet")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {f"{module}.weight" for part, module in lora_matrices(tiny_kl) if part == "unet"}
 
 
@@ -304,3 +316,29 @@ def test_the_shift_of_an_extracted_lora(tiny_kl: Path, tmp_path: Path) -> None:
     assert resolve_model(str(tiny_kl), loras=["l.safetensors"]).shift == 500
     base = Path(shutil.copytree(tiny_kl, tmp_path / "base", ignore=shutil.ignore_patterns("run.json")))
     assert resolve_model(str(base), loras=["l.safetensors"]).shift == 250
+
+
+@pytest.mark.slow
+def test_build_from_parts(
+    tiny_kl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command: ComfyUI's file, a LoRA and another decoder; another scale makes another engine."""
+    from nitro_rt.cli import main
+
+    comfyui_file(tiny_kl, tmp_path / "all.safetensors")
+    kohya_lora(tiny_kl, tmp_path / "l.safetensors")
+    decoder = make_tiny_sdxl(tmp_path / "other", vae="tiny") / "vae"
+    command = ["build", "--model", "all.safetensors", "--base", str(tiny_kl), "--decoder", str(decoder), "--shift", "500"]
+    command += ["--backend", "onnxruntime", "--out", "bundle", "--json"]
+    keys = []
+    for scale in ("0.5", "1"):
+        assert main([*command, "--lora", f"l.safetensors:{scale}", "--dry-run"]) == 0
+        assert json.loads(capsys.readouterr().out)["source"]["licence"] == "unknown and CC0-1.0"
+        assert main([*command, "--lora", f"l.safetensors:{scale}"]) == 0
+        printed = capsys.readouterr()
+        keys.append(json.loads(printed.out)["engine_key"])
+        assert "licence: unknown and CC0-1.0" in printed.err and "LoRA l.safetensors x" in printed.err
+    assert keys[0] != keys[1]
+    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert manifest["source"]["licence"] == "unknown and CC0-1.0"
+    assert manifest["source"]["origin"] == "all.safetensors on tiny-kl, decoder vae, LoRA l.safetensors x 1"
