@@ -94,7 +94,7 @@ def markdown(report: ExportReport) -> str:
 Checkpoints: `nitro_bench.synthetic`, seeded random weights of SDXL base 1.0's exact architecture in float16 (`full`, 2.57 B
 parameters in the UNet, 1024 px) and with half its widths (`half`, 0.64 B, 512 px). Each figure is of a process of its own.
 Processor seconds count all threads; on a machine with other work they change less than wall-clock seconds.
-
+{_busy_note(report)}
 ## What it costs
 
 {_costs(report)}
@@ -189,7 +189,13 @@ def _quality(report: ExportReport) -> str:
         for name, result in report.whole(size, "quality/"):
             _, precision, side = name.split("/")
             figures = [f"{min(result[key]):.1f}" for key in ("denoise_sqnr_db", "decode_sqnr_db", "image_psnr_db")]
-            cells = [size, precision, side.replace("onnxruntime-as-written", "as written"), *figures, f"{min(result['image_ssim']):.4f}"]
+            cells = [
+                size,
+                precision,
+                side.replace("onnxruntime-as-written", "as written"),
+                *figures,
+                f"{min(result['image_ssim']):.4f}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -220,6 +226,20 @@ def _goals(report: ExportReport) -> str:
                 verdict += "; promised only with AMX or VNNI, which this processor has not"
             lines.append(f"- {size}, {px} px, {stage}, {side}: {ratio:.2f} of the best peer, goal {goal}: {verdict}")
     return "\n".join(lines) or "No goal can be judged: nothing was timed beside a peer."
+
+
+def _busy_note(report: ExportReport) -> str:
+    """A warning where something else had the processors when measurements began."""
+    loads = [float(result["load_average"]) for result in report.results.values() if "load_average" in result]
+    cores = float(report.machine["cores"])
+    busy = sum(load > 0.5 * cores for load in loads)
+    if not busy:
+        return ""
+    return f"""
+**The machine was busy** when {busy} of {len(loads)} measurements began (load {min(loads):.1f} to {max(loads):.1f} on
+{cores:.0f} cores): wall-clock seconds are too long, and by how much differs. Of speeds believe the ratios of sides that ran in
+turns, and those with care; of costs the processor seconds and the memory.
+"""
 
 
 def _absent(report: ExportReport) -> str:

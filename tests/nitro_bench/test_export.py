@@ -118,14 +118,14 @@ def test_ratios_are_to_the_fastest_peer_and_goals_are_judged(
     for side, wall_s in calls.items():
         for round_ in (1, 2):
             export._store(config, f"tiny/latency@64/decode/{side}/{round_}", latency(wall_s))
-    monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2"})
+    monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2", "cores": "2"})
     report = collected(config)
     assert ratios(report.latencies()["tiny", 64, "decode"]) == {"openvino-fp16": 0.9, "openvino-int8": 0.6}
     page = markdown(report)
     assert "openvino-fp16: 0.90 of the best peer, goal 0.95: met" in page
     assert "openvino-int8: 0.60 of the best peer, goal 0.55: missed; promised only with AMX or VNNI" in page
     assert "tiny/latency@64/denoise/...: not made" in page.replace(" (10 of them)", "")
-    monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2, avx512_vnni"})
+    monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2, avx512_vnni", "cores": "2"})
     assert "goal 0.55: missed\n" in markdown(collected(config))
     assert json.loads(report.to_json())["results"]["tiny/latency@64/decode/openvino-int8/1"]["wall_s"] == [6.0]
 
@@ -146,6 +146,13 @@ def test_the_report_speaks_of_every_kind(config: ExportBenchConfig) -> None:
         assert text in page
     assert "| tiny | fp8 | as written | 30.0 | 40.0 | 35.0 | 0.9900 |" in page
     assert str(config.work) not in page + report.to_json()
+
+
+def test_a_busy_machine_is_said(config: ExportBenchConfig) -> None:
+    export._store(config, "tiny/checkpoint", COST | {"load_average": "0.3"})
+    assert "The machine was busy" not in markdown(collected(config))
+    export._store(config, "tiny/export/torch-unet", COST | {"load_average": "700"})
+    assert "busy** when 1 of 2 measurements began (load 0.3 to 700.0" in markdown(collected(config))
 
 
 def test_spans_are_added_up_by_stage() -> None:
