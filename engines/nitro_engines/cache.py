@@ -6,6 +6,7 @@
     builds/<engine key>.json        the fields of bundles built before, for --explain
     references/<key>.json           pictures that float32 parents drew; the PNGs lie in engines/files
     gates/<key>.json                what the quality gate measured
+    speeds/<key>.json               what the speed gate measured
     work/<key>/                     what is being made; whoever holds the key's lock owns it
     locks/<key>.lock
 

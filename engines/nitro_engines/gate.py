@@ -35,6 +35,10 @@ Compile = Callable[[Backend], Engines]
 """The engines of the bundle's own graphs on another backend."""
 
 
+class QualityMissed(BuildError):
+    """A bundle draws too unlike its parent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """What a bundle is judged by."""
@@ -56,7 +60,7 @@ class Gate:
         Args:
             bundle: not yet published; its files and its references are in `cache`.
             compile_on: used where the bundle's own engines cannot run on this machine.
-        Raises: BuildError with the figures and the way out, if it misses its limits and that was not allowed.
+        Raises: QualityMissed with the figures and the way out, if it misses its limits and that was not allowed.
         """
         results = measure(bundle, compile_on, cache, report)
         results = tuple(
@@ -66,7 +70,7 @@ class Gate:
             report(sentence(result))
         missed = [result for result in results if not result.passed]
         if missed and not self.allow_quality_loss:
-            raise BuildError(
+            raise QualityMissed(
                 f"{bundle.name} misses its quality limits and is not published: {'; '.join(map(sentence, missed))}. "
                 "Build with a higher --precision, or publish it with --allow-quality-loss, which its manifest then says"
             )

@@ -14,7 +14,8 @@ from nitro_rt.schedule import MAX_STEPS
 if TYPE_CHECKING:
     from nitro_export import Checkpoint
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
+AUTO = "auto"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", AUTO)
 MAX_BATCH = 64
 MAX_SHIFT = 1000
 MAX_GATE_PROMPTS = 16
