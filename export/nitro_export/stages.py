@@ -184,7 +184,7 @@ class DecodeStage(Stage):
         return self.levels(latents).round().to(torch.uint8)
 
     def narrow(self, dtype: torch.dtype) -> None:
-        self.vae.to(dtype)
+        nn.Module.to(self.vae, dtype)  # diffusers' own warns of layers to keep in float32, of which a VAE has none
         self.dtype = dtype
 
 
