@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -134,7 +133,7 @@ def _measured(stage: WatchedStage, formats: Formats, headroom: float) -> list[Qu
     total = sum(sum(record.multiplications.values()) for record in records.values())
     layers: list[QuantisedLayer] = []
     for leader, record in records.items():
-        if not math.isfinite(record.low) or not math.isfinite(record.high):
+        if record.amax_C is None or not record.amax_C.isfinite().all():
             raise ExportError(f"{leader} is given NaN or infinity by the parent itself, in float32; the checkpoint is damaged")
         layers += quantised_layers(
             record,
