@@ -161,7 +161,7 @@ class Draft:
         self.files |= {f"vae/{name}": file for name, file in files.items()}
         self._set_vae_config(config)
         self.changed.add("vae")
-        name = origin or path.resolve().name
+        name = origin or path.absolute().name
         self.name, self.origin = f"{self.name}-{short_name(name)}", f"{self.origin}, decoder {name}"
         self.licences[f"decoder {name}"] = licence or _licence_of_decoder(path)
 
@@ -292,7 +292,7 @@ def _single_decoder(path: Path, option: str, own: Mapping[str, Any]) -> tuple[di
             config = {**config, "latent_channels": tensor.shape[1]}
     converted = diffusers_tensors("vae", tensors, config, f"{option}: {path}")
     as_it_is = len(parts) == 1 and all(name == tensor.key for name, tensor in converted.items())
-    return config, Link(path=path.resolve()) if as_it_is else Stream(tensors=converted, made_from=(path.resolve(),))
+    return config, Link(path=path.absolute()) if as_it_is else Stream(tensors=converted, made_from=(path.absolute(),))
 
 
 def _pixels_per_latent(config: Mapping[str, Any]) -> int:

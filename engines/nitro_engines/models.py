@@ -156,7 +156,7 @@ def parse_lora(text: str) -> LoraRequest:
     Raises: ModelNotFound if there is no such file; ConfigError if the scale is no finite number.
     """
     if Path(text).expanduser().is_file():
-        return LoraRequest(path=Path(text).expanduser().resolve(), scale=1.0)
+        return LoraRequest(path=Path(text).expanduser().absolute(), scale=1.0)
     name, colon, number = text.rpartition(":")
     path = Path(name if colon else text).expanduser()
     if not colon or not path.is_file():
@@ -167,7 +167,7 @@ def parse_lora(text: str) -> LoraRequest:
     scale = float(number)
     if not math.isfinite(scale):
         raise ConfigError(f"--lora {text}: the scale is {scale}; it must be finite")
-    return LoraRequest(path=path.resolve(), scale=scale)
+    return LoraRequest(path=path.absolute(), scale=scale)
 
 
 def _is_number(text: str) -> bool:
@@ -263,7 +263,7 @@ def _from_file(model: str, base: str | None) -> Draft:
         )
     if _is_weight_file(base) or base in _PRESETS:
         raise ConfigError(f"--base {base} must be a checkpoint folder in the diffusers layout, or a hub id of one")
-    return Draft.of_unet(path.resolve(), _whole(base, "--base"), name=short_name(path.name))
+    return Draft.of_unet(path.absolute(), _whole(base, "--base"), name=short_name(path.name))
 
 
 def _from_hub_cache(model: str, option: str) -> ModelSource:

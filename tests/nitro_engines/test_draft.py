@@ -289,6 +289,23 @@ def test_a_lora_on_a_unet_in_shards(tiny_kl: Path, tmp_path: Path) -> None:
     require_weights_of(resolve_model(str(tiny_kl), loras=loras).assemble(), folder)
 
 
+def test_files_of_the_hubs_cache_are_links_to_nameless_blobs(tiny_kl: Path, taesdxl: Path, tmp_path: Path) -> None:
+    for number, path in enumerate((tiny_kl / "unet", taesdxl)):
+        shutil.copy(path / "diffusion_pytorch_model.safetensors", tmp_path / f"blob{number}")
+    shutil.copy(peft_lora(tiny_kl, tmp_path / "l.safetensors"), tmp_path / "blob2")
+    (tmp_path / "hub").mkdir()
+    names = ("unet.safetensors", "decoder.safetensors", "style.safetensors")
+    for number, name in enumerate(names):
+        (tmp_path / "hub" / name).symlink_to(tmp_path / f"blob{number}")
+    unet, decoder, style = (f"hub/{name}" for name in names)
+    source = resolve_model(unet, base=str(tiny_kl), decoder=decoder, loras=[f"{style}:0.5"])
+    assert source.origin == "unet.safetensors on tiny-kl, decoder decoder.safetensors, LoRA style.safetensors x 0.5"
+    wanted = resolve_model(str(tiny_kl), loras=["l.safetensors:0.5"]).assemble()
+    require_weights_of(wanted, source.assemble(), ("unet", "text_encoder", "text_encoder_2"))
+    linked = resolve_model(unet, base=str(tiny_kl)).assemble() / "unet" / "diffusion_pytorch_model.safetensors"
+    assert linked.samefile(tmp_path / "blob0") and not linked.is_symlink()
+
+
 def test_everything_at_once(tiny_kl: Path, unet_file: Path, taesdxl: Path) -> None:
     """A LoRA on renamed tensors, beside another decoder; the key is known before anything is written."""
     peft_lora(tiny_kl, unet_file.with_name("style.safetensors"))
