@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from nitro_rt.schedule import StepSchedule
 SCHEMA_VERSION = 1
 BUNDLE_FILE = "bundle.json"
 EXPORT_FILE = "export.json"
+
+REMEMBERED_BYTES = 1 << 26
+"""Digests of files of this size on are remembered. (Reading one takes longer than a tick of the file system's clock.)"""
+_DIGESTS: dict[tuple[int, int, int, int], str] = {}
 
 T = TypeVar("T")
 
@@ -225,7 +230,9 @@ def sealed(manifest: BundleManifest) -> BundleManifest:
 
 def seal_of(manifest: BundleManifest) -> str:
     """sha256 of the manifest's canonical JSON with `manifest_sha256` empty, in hex."""
-    return hashlib.sha256(to_json(dataclasses.replace(manifest, manifest_sha256="")).encode()).hexdigest()
+    text = to_json(dataclasses.replace(manifest, manifest_sha256=""))
+    as_read = from_json(BundleManifest, text, where=manifest.name)  # a whole number in a float's place is read as a float
+    return hashlib.sha256(to_json(as_read).encode()).hexdigest()
 
 
 def to_json(manifest: object) -> str:
@@ -280,8 +287,18 @@ def check_file(folder: Path, reference: FileRef) -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """The file's digest. A large one that has not changed since is not read again by this process, whatever its name:
+    graphs, cache and bundle hold hard links to one file of gigabytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        facts = os.fstat(file.fileno())
+        key = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        digest = _DIGESTS.get(key)
+        if digest is None:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            after = os.fstat(file.fileno())
+            if facts.st_size >= REMEMBERED_BYTES and (after.st_size, after.st_mtime_ns) == key[2:]:
+                _DIGESTS[key] = digest
+    return digest
 
 
 def _convert(kind: Any, value: Any, where: str, name: str) -> Any:

@@ -9,14 +9,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nitro_engines.bundle import BuildResult, bundle_from_graphs, read_graphs
+from nitro_engines.bundle import BuildResult, bundle_from_graphs, engines_from_graphs, read_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, fsync, silent, storage_errors
-from nitro_engines.gate import Gate
-from nitro_engines.plan import Preparation, prepare_build
+from nitro_engines.gate import Gate, QualityMissed
+from nitro_engines.plan import Preparation, cached_graphs, forecast, prepare_build
 from nitro_engines.publish import prepare
 from nitro_engines.quantisation import recipe_of
-from nitro_engines.request import BuildRequest
+from nitro_engines.request import AUTO, BuildRequest
+from nitro_engines.speed import (
+    FLOAT_PRECISIONS,
+    QUANTISED_FOR_AUTO,
+    combinations,
+    compare_stages,
+    final_results,
+    require_measurable,
+)
 from nitro_rt.errors import BundleError, ModelNotFound
 
 
@@ -32,7 +40,56 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
     Raises: ConfigError, ModelNotFound, ExportError, BackendUnavailable, BuildError.
     """
     cache = cache or EngineCache()
+    if request.precision == AUTO:
+        return _build_fastest(request, report, cache)
+    prepared, out = _prepared(request, report, cache)
+    started = time.perf_counter()
+    graphs, exported = _graphs(prepared, cache, report)
+    seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
+    result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=_gate(prepared, report))
+    return dataclasses.replace(result, seconds={**seconds, **result.seconds})
+
+
+def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) -> BuildResult:
+    """Each stage in int8 or in the best float precision, whichever is faster here, as far as the bundle passes its gate.
+
+    Raises: also ConfigError for a backend whose engines cannot be timed here.
+    """
+    require_measurable(request.backend)
+    started = time.perf_counter()
+    parent, out = _prepared(dataclasses.replace(request, precision=FLOAT_PRECISIONS[request.backend]), report, cache)
+    quantised = prepare_build(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO))
+    forecast(quantised, cache, cached_graphs(cache.graphs / quantised.graphs_key)).require()
+    folders = [_graphs(prepared, cache, report)[0] for prepared in (parent, quantised)]
+    engines = [engines_from_graphs(folder, parent.backend, cache, report) for folder in folders]
+    results = compare_stages(engines[1], engines[0], cache, report)
+    seconds = {"candidates": round(time.perf_counter() - started, 3)}
+
+    def publish(stages: tuple[str, ...]) -> BuildResult:
+        kinds = {stage.partition("/")[0] for stage in stages}
+        if "denoise" in kinds:
+            kinds.add("text")  # its outputs have the number type that the denoiser reads
+        stages_from = {stage: folders[1] for stage in engines[0] if stage.partition("/")[0] in kinds}
+        chosen, gate = final_results(results, stages), _gate(parent, report)
+        report("trying " + ", ".join(f"{result.stage.partition('/')[0]} in {result.chosen}" for result in chosen))
+        built = bundle_from_graphs(
+            folders[0], out, parent.backend, cache, report, gate=gate, stages_from=stages_from, speed_gate=chosen
+        )
+        return dataclasses.replace(built, seconds={**seconds, **built.seconds})
+
+    *faster, floats = combinations(results)
+    for stages in faster:
+        try:
+            return publish(stages)
+        except QualityMissed as exc:
+            report(f"not chosen: {exc}")
+    return publish(floats)
+
+
+def _prepared(request: BuildRequest, report: Report, cache: EngineCache) -> tuple[Preparation, Path]:
+    """The preparation and the output folder, once both are known to do."""
     prepared = prepare_build(request)
+    forecast(prepared, cache, cached_graphs(cache.graphs / prepared.graphs_key)).require()
     assert prepared.request.out is not None
     out = prepare(prepared.request.out, report)
     cache.sweep(report)
@@ -40,16 +97,15 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
         report(note)
     if prepared.source.licence:
         report(f"licence: {prepared.source.licence}")
-    started = time.perf_counter()
-    graphs, exported = _graphs(prepared, cache, report)
-    seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
-    gate = Gate(
+    return prepared, out
+
+
+def _gate(prepared: Preparation, report: Report) -> Gate:
+    return Gate(
         checkpoint=lambda: prepared.source.assemble(report),
         num_prompts=prepared.request.gate_prompts,
         allow_quality_loss=prepared.request.allow_quality_loss,
     )
-    result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=gate)
-    return dataclasses.replace(result, seconds={**seconds, **result.seconds})
 
 
 def _graphs(prepared: Preparation, cache: EngineCache, report: Report) -> tuple[Path, bool]:

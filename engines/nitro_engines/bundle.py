@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from nitro_rt.manifest import (
     Graph,
     GraphsManifest,
     MemoryPlan,
-    Reference,
+    SpeedResult,
     TensorSpec,
     TokenizerSpec,
     check_file,
@@ -78,40 +79,40 @@ def build_bundle(
 
 
 def bundle_from_graphs(
-    graphs: Path, out: Path, backend: Backend, cache: EngineCache, report: Report = silent, *, gate: Gate | None = None
+    graphs: Path,
+    out: Path,
+    backend: Backend,
+    cache: EngineCache,
+    report: Report = silent,
+    *,
+    gate: Gate | None = None,
+    stages_from: Mapping[str, Path] = MappingProxyType({}),
+    speed_gate: tuple[SpeedResult, ...] = (),
 ) -> BuildResult:
     """`build_bundle` with a loaded backend.
 
     Args:
         gate: judges the bundle before it is published; None where the checkpoint of the graphs is not at hand.
+        stages_from: stage -> another folder of graphs of the same checkpoint, in another precision, that it is taken from.
+        speed_gate: why they are taken from there, for the manifest.
     Raises: also BuildError if the bundle misses its quality limits.
     """
     manifest = read_graphs(graphs)
-    for _, graph in graphs_of(manifest):
-        backend.compute_dtype(graph.compute_dtype)  # refuses what cannot be built, before anything is written
+    parts = _parts(graphs, manifest, stages_from)
+    for part in parts.values():
+        backend.compute_dtype(part.graph.compute_dtype)  # refuses what cannot be built, before anything is written
     out = prepare(out, report)
     cache.sweep(report)
-    engines: dict[str, Engine] = {}
-    stages: dict[str, str] = {}
-    seconds: dict[str, float] = {}
     started = time.perf_counter()
     references = gate.references(manifest, cache, report) if gate else ()
-    if gate:
-        seconds["references"] = round(time.perf_counter() - started, 3)
-    for stage, graph in graphs_of(manifest):
-        started = time.perf_counter()
-        engines[stage], stages[stage] = _engine(graphs, manifest, stage, graph, backend, cache, report)
-        seconds[stage] = round(time.perf_counter() - started, 3)
-    bundle = _bundle_manifest(manifest, engines, _tokenizers(graphs, manifest, cache, report), backend, references)
+    seconds = {"references": round(time.perf_counter() - started, 3)} if gate else {}
+    engines, stages = _engines(parts, backend, cache, report, seconds)
+    bundle = _bundle_manifest(manifest, parts, engines, _tokenizers(graphs, manifest, cache, report), backend)
+    bundle = dataclasses.replace(bundle, references=references, speed_gate=speed_gate)
+    bundle = dataclasses.replace(bundle, memory_plan=memory_plan(bundle))
     if gate:
         started = time.perf_counter()
-
-        def compile_on(other: Backend) -> dict[str, Engine]:
-            return {
-                stage: _engine(graphs, manifest, stage, graph, other, cache, report)[0] for stage, graph in graphs_of(manifest)
-            }
-
-        bundle = gate.judged(bundle, compile_on, cache, report)
+        bundle = gate.judged(bundle, lambda other: _engines(parts, other, cache, report, {})[0], cache, report)
         seconds["quality gate"] = round(time.perf_counter() - started, 3)
     bundle = sealed(bundle)
     started = time.perf_counter()
@@ -122,6 +123,46 @@ def bundle_from_graphs(
     mib = bundle.memory_plan.disk_bytes / 2**20
     report(f"{out}: {mib:.1f} MiB published" if published else f"{out} is this bundle already; left as it is")
     return BuildResult(out=out, manifest=bundle, stages=stages, published=published, seconds=seconds)
+
+
+def engines_from_graphs(graphs: Path, backend: Backend, cache: EngineCache, report: Report = silent) -> dict[str, Engine]:
+    """The engine of every stage, from the cache or compiled now. Raises: as `bundle_from_graphs`."""
+    return _engines(_parts(graphs, read_graphs(graphs), {}), backend, cache, report, {})[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One stage's graph, in the folder that it is built from."""
+
+    folder: Path
+    manifest: GraphsManifest
+    graph: Graph
+
+
+def _parts(graphs: Path, manifest: GraphsManifest, stages_from: Mapping[str, Path]) -> dict[str, _Part]:
+    """By stage. Raises: BundleError if the folders are of different checkpoints, sizes or step counts."""
+    parts = {stage: _Part(folder=graphs, manifest=manifest, graph=graph) for stage, graph in graphs_of(manifest)}
+    others = {folder: read_graphs(folder) for folder in set(stages_from.values())}
+    for folder, other in others.items():
+        for name in ("source", "schedule", "size_px", "batch", "tokenizers"):
+            if getattr(other, name) != getattr(manifest, name):
+                raise BundleError(f"{folder} and {graphs} differ in {name}, so they make no bundle together; export both again")
+    for stage, folder in stages_from.items():
+        parts[stage] = _Part(folder=folder, manifest=others[folder], graph=dict(graphs_of(others[folder]))[stage])
+    return parts
+
+
+def _engines(
+    parts: Mapping[str, _Part], backend: Backend, cache: EngineCache, report: Report, seconds: dict[str, float]
+) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Every engine and whether it was `built` or `cached`, by stage; `seconds` takes the times."""
+    engines: dict[str, Engine] = {}
+    stages: dict[str, str] = {}
+    for stage, part in parts.items():
+        started = time.perf_counter()
+        engines[stage], stages[stage] = _engine(part.folder, part.manifest, stage, part.graph, backend, cache, report)
+        seconds[stage] = round(time.perf_counter() - started, 3)
+    return engines, stages
 
 
 def read_graphs(graphs: Path) -> GraphsManifest:
@@ -208,7 +249,7 @@ def _engine(
             return engine, "cached"
         started = time.perf_counter()
         onnx_path = resolve(graphs, graph.files[0])
-        _check_graph(onnx_path, graph)
+        _check_graph(onnx_path, graph, None if stage == "text" else manifest.precision)
         with foreign_errors(f"compiling {stage} for {backend.name}", work):
             paths = backend.compile(onnx_path, graph, work)
         engine = Engine(
@@ -227,10 +268,10 @@ def _engine(
         return engine, "built"
 
 
-def _check_graph(path: Path, graph: Graph) -> None:
+def _check_graph(path: Path, graph: Graph, precision: str | None) -> None:
     from nitro_engines.backends.onnx_graph import check_graph  # here, so that plans and cached builds need no onnx
 
-    check_graph(path, graph)
+    check_graph(path, graph, precision)
 
 
 def _tokenizers(graphs: Path, manifest: GraphsManifest, cache: EngineCache, report: Report) -> tuple[TokenizerSpec, ...]:
@@ -248,14 +289,14 @@ def _tokenizers(graphs: Path, manifest: GraphsManifest, cache: EngineCache, repo
 
 def _bundle_manifest(
     manifest: GraphsManifest,
+    parts: Mapping[str, _Part],
     engines: dict[str, Engine],
     tokenizers: tuple[TokenizerSpec, ...],
     backend: Backend,
-    references: tuple[Reference, ...],
 ) -> BundleManifest:
-    fields = bundle_fields(manifest, backend)
+    fields = _fields_of_parts(manifest, parts, backend)
     denoise = {num_steps: engines[f"denoise/{num_steps}"] for num_steps in sorted(manifest.denoise)}
-    bundle = BundleManifest(
+    return BundleManifest(
         schema_version=SCHEMA_VERSION,
         name=f"{manifest.source.name}-{'-'.join(map(str, denoise))}step",
         engine_key=key_of(fields),
@@ -271,16 +312,26 @@ def _bundle_manifest(
         target=backend.target(),
         toolchain={**fields["toolchain"], "nitro-rt": _own_version()},
         memory_plan=MemoryPlan(disk_bytes=0, weight_bytes=0, io_bytes=0),
-        references=references,
+        quantisation=next((part.manifest.quantisation for part in parts.values() if part.manifest.quantisation), None),
     )
-    return dataclasses.replace(bundle, memory_plan=memory_plan(bundle))
+
+
+def _fields_of_parts(manifest: GraphsManifest, parts: Mapping[str, _Part], backend: Backend) -> Fields:
+    """`bundle_fields`, where stages come from graphs of different precisions those of each."""
+    fields = bundle_fields(manifest, backend)
+    if all(part.manifest is manifest for part in parts.values()):
+        return fields
+    return fields | {
+        "precision": {stage: part.manifest.precision for stage, part in parts.items()},
+        "onnx_sha256": {stage: [reference.sha256 for reference in part.graph.files] for stage, part in parts.items()},
+    }
 
 
 def memory_plan(bundle: BundleManifest) -> MemoryPlan:
     """Bytes on disk (every file once), in engine files that hold weights, and in the tensors between the stages."""
     engines = (bundle.text, *bundle.denoise.values(), bundle.decode)
-    # An IR's .xml and an .onnx beside its .bin describe; the weights are the last file, or the only one.
-    weights = {engine.files[-1] for engine in engines}
+    # A graph describes; the weights are in the files beside it, or in itself where there are none.
+    weights = {reference for engine in engines for reference in (engine.files[1:] or engine.files)}
     tensors = {spec.name: spec for engine in engines for spec in (*engine.inputs, *engine.outputs)}
     return MemoryPlan(
         disk_bytes=_total(files_of(bundle)),

@@ -14,14 +14,18 @@ from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
 from nitro_engines.memory import MemoryForecast, plan_memory
 from nitro_engines.models import ModelSource, resolve_model
 from nitro_engines.quantisation import BASE_PRECISION, Quantisation, quantisation_of
-from nitro_engines.request import BuildRequest
+from nitro_engines.request import AUTO, BuildRequest
+from nitro_engines.speed import QUANTISED_FOR_AUTO, require_measurable
 from nitro_rt.errors import BundleError, ModelNotFound
 from nitro_rt.manifest import GraphsManifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """The facts of `--dry-run` and `--explain`. Nothing was written to find them; torch is loaded only to check single files, decoders and LoRAs."""
+    """The facts of `--dry-run` and `--explain`. Nothing was written to find them.
+
+    torch is loaded only where single files, decoders or LoRAs have to be checked.
+    """
 
     request: BuildRequest
     """With size, shift and output folder decided."""
@@ -112,8 +116,14 @@ class Preparation:
 def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
     """What `build(request)` would do.
 
+    For `auto` it is the plan of its larger part, the quantised build; which stages are taken of it is measured.
+
     Raises: ConfigError, ModelNotFound, ExportError, BackendUnavailable as `build` would before its work starts.
     """
+    if request.precision == AUTO:
+        require_measurable(request.backend)
+        quantised = plan(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO), cache)
+        return dataclasses.replace(quantised, request=dataclasses.replace(quantised.request, precision=AUTO))
     prepared, cache = prepare_build(request), cache or EngineCache()
     graphs = cached_graphs(cache.graphs / prepared.graphs_key)
     if graphs is None:

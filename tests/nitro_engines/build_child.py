@@ -1,6 +1,6 @@
 """Builds in a process of their own, for tests that kill them, starve them or run two at once.
 
-    python build_child.py GRAPHS OUT CACHE BACKEND [--log FILE] [--seconds S] [--file-limit BYTES]
+    python build_child.py GRAPHS OUT CACHE BACKEND [--log FILE] [--seconds S] [--file-limit BYTES] [--no-links]
     python build_child.py GRAPHS OUT CACHE copy --kill-at N[,N...]
 
 With --kill-at one fork per N builds OUT/N/bundle with the cache CACHE/N and kills itself before its Nth change of the
@@ -10,6 +10,7 @@ file system (0: not at all; it then prints how many changes there were).
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import resource
 import signal
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--file-limit", type=int)
+    parser.add_argument("--no-links", action="store_true", help="as on a file system without hard links")
     options = parser.parse_args()
     graphs, out, cache = options.paths
     if options.kill_at:
@@ -46,12 +48,18 @@ def main() -> int:
     backend = CopyBackend(options.log, options.seconds) if options.backend == "copy" else load_backend(options.backend)
     if options.file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.file_limit, options.file_limit))
+    if options.no_links:
+        os.link = _no_links
     try:
         bundle_from_graphs(graphs, out, backend, EngineCache(cache))
     except NitroError as exc:
         print(f"{type(exc).__name__}: {exc}")
         return 1
     return 0
+
+
+def _no_links(source: Path, target: Path) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def _killed(graphs: Path, out: Path, cache: EngineCache, moment: int) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
     with _messages() as messages:
         try:
             _compile(job)
-            outcome = {}
+            outcome: dict[str, Any] = {}
         except BuildError as exc:
             outcome = {"mismatch": str(exc)}
         except OSError as exc:

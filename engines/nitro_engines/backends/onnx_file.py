@@ -15,7 +15,7 @@ from nitro_engines.backends.base import check_bindings
 from nitro_engines.backends.onnx_graph import link_graph
 from nitro_engines.files import foreign_errors
 from nitro_engines.host import cpu_target
-from nitro_rt.errors import BackendUnavailable, BuildError
+from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
 from nitro_rt.manifest import Graph, TensorSpec
 
 PROVIDER = "CPUExecutionProvider"
@@ -46,6 +46,11 @@ class OnnxRuntimeBackend:
         return {"provider": PROVIDER}
 
     def compute_dtype(self, graph_dtype: str) -> str:
+        if graph_dtype == "bfloat16":
+            raise ConfigError(
+                "ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul and Conv; say --precision fp16 or fp32, "
+                "or --backend openvino"
+            )
         return "float16" if graph_dtype == "float16" and _has_fp16_kernels() else "float32"
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:

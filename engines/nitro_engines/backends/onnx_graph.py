@@ -13,6 +13,10 @@ from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph
 
 _FLOATS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+QUANTISED = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+"""Precision -> the type of its weights."""
+MULTIPLYING = ("MatMul", "Gemm", "Conv")
+"""Operators with the weights: first input the activations, second the weights."""
 
 
 def load_structure(path: Path) -> onnx.ModelProto:
@@ -23,13 +27,17 @@ def load_structure(path: Path) -> onnx.ModelProto:
         raise BuildError(f"{path.name} cannot be read as an ONNX graph: {' '.join(str(exc).split())}; export again") from exc
 
 
-def check_graph(path: Path, graph: Graph) -> None:
+def check_graph(path: Path, graph: Graph, precision: str | None = None) -> None:
     """ONNX's own checker, and the built precision: a float32 graph would become a float32 engine without an error.
 
-    A float16 graph may keep some constants in float32 (the schedule's arithmetic is), but not most of its weights.
+    A float16 graph may keep some constants in float32 (the schedule's arithmetic is), but not most of its weights; a
+    quantised one may keep sensitive operators in its float type, but not most of them.
+
+    Args:
+        precision: int8 or fp8 where this graph should be quantised; None: it should not.
     Raises: BuildError.
     """
-    load_structure(path)
+    model = load_structure(path)
     try:
         structure.check_structure(path)
     except Exception as exc:  # the checker raises several unrelated types
@@ -38,6 +46,36 @@ def check_graph(path: Path, graph: Graph) -> None:
     if 2 * num_bytes.get(graph.compute_dtype, 0) < sum(num_bytes.values()):
         found = ", ".join(f"{count} bytes {dtype}" for dtype, count in sorted(num_bytes.items()))
         raise BuildError(f"{path.name} should compute in {graph.compute_dtype}, but its weights are {found}; export again")
+    if precision in QUANTISED:
+        share = quantised_share(model, precision)
+        if share < 0.5:
+            raise BuildError(
+                f"{path.name} should be quantised to {precision}, but only {share:.0%} of the weights that it multiplies "
+                "by are (weight and activation both between QuantizeLinear and DequantizeLinear); quantise it again"
+            )
+
+
+def quantised_share(model: onnx.ModelProto, precision: str) -> float:
+    """How much of the weights, by number, is multiplied as `precision`, from 0 to 1; 1 where nothing is multiplied."""
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    total = quantised = 0
+    for node in graph.node:
+        if node.op_type not in MULTIPLYING:
+            continue
+        passed, name = [], node.input[1]
+        while name in makers and makers[name].op_type in ("Transpose", "DequantizeLinear", "Cast", "Reshape"):
+            passed.append(makers[name].op_type)
+            name = makers[name].input[0]
+        if name not in weights:
+            continue
+        numbers = math.prod(weights[name].dims)
+        total += numbers
+        maker = makers.get(node.input[0])
+        if weights[name].data_type == QUANTISED[precision] and "DequantizeLinear" in passed:
+            quantised += numbers if maker is not None and maker.op_type == "DequantizeLinear" else 0
+    return quantised / total if total else 1.0
 
 
 def float_weight_bytes(path: Path) -> dict[str, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import openvino
 
 from nitro_engines.backends.base import check_bindings
-from nitro_engines.backends.onnx_graph import link_graph
 from nitro_engines.files import foreign_errors
 from nitro_engines.host import cpu_target
 from nitro_rt.errors import BuildError
@@ -49,6 +48,8 @@ class OpenVinoBackend:
         return "bfloat16" if "BF16" in native else "float16" if "FP16" in native else "float32"
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+        from nitro_engines.backends.onnx_graph import link_graph  # here, so that plans need no onnx
+
         paths = link_graph(onnx_path, graph, work)
         with foreign_errors(f"reading {onnx_path.name} into OpenVINO", work):
             model = read_model(self._core, tuple(paths), widen=self.compute_dtype(graph.compute_dtype) == "float32")

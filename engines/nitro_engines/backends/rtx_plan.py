@@ -57,6 +57,8 @@ class TensorRtRtxBackend:
                 "TensorRT-RTX cannot multiply float32 matrices on sm75 (Turing); say --precision fp16 "
                 "(and use a VAE made for float16), or leave sm75 out"
             )
+        if graph_dtype == "bfloat16" and "sm75" in self._capabilities:
+            raise ConfigError("sm75 (Turing) has no bfloat16; say --precision fp16, or leave sm75 out")
         return graph_dtype
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
