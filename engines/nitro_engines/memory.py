@@ -32,9 +32,9 @@ UNUSED = ("encoder.", "quant_conv.")
 
 INTERPRETER = 60 * MIB
 """Python with NumPy and OpenVINO or ONNX Runtime."""
-EXPORTER = 350 * MIB
+EXPORTER = 500 * MIB
 """Python with torch, diffusers, transformers and the exporter."""
-TRACE = 280 << 10
+TRACE = 24 << 10
 """Per weight tensor of the UNet: its part of the trace and of the graph."""
 COMPARED_BYTES = 1 << 30
 """Exports whose weights times 64x64 tiles of image stay below are compared with torch: nitro_export.export.PARITY_BYTES."""

@@ -100,7 +100,7 @@ def test_the_plan_of_sdxl_is_what_was_measured(tmp_path: Path, sdxl: Path) -> No
     rtx = plan_memory(checkpoint, backend="tensorrt-rtx", compute_dtype="float16", targets=("sm89",), **options)  # type: ignore[arg-type]
     host = plan_memory(checkpoint, backend="openvino", compute_dtype="float32", **options)  # type: ignore[arg-type]
     peaks = {step.name: step.peak_bytes / GIB for step in (*rtx.steps, *host.steps)}
-    measured = {"exporting": 0.91, "compiling text": 3.86, "compiling denoise/1": 14.31, "compiling decode": 0.61}
+    measured = {"exporting": 0.66, "compiling text": 3.86, "compiling denoise/1": 14.31, "compiling decode": 0.61}
     for name, gib in measured.items():
         assert peaks[name] == pytest.approx(gib, rel=0.15), name
     assert rtx.fits and host.fits

@@ -15,7 +15,7 @@ import pytest
 from nitro_engines.backends import load_backend
 from nitro_engines.bundle import build_bundle, graphs_of, read_graphs
 from nitro_engines.cache import EngineCache
-from nitro_rt.errors import BuildError
+from nitro_rt.errors import BuildError, ConfigError
 from nitro_rt.manifest import Engine, TensorSpec, resolve
 from nitro_rt.openvino_model import read_model
 
@@ -82,6 +82,14 @@ def test_openvino_computes_fp16_graphs_in_the_cpus_own_type(
     monkeypatch.setattr(backend, "_core", type("Core", (), {"get_property": lambda *_: native})())
     assert backend.compute_dtype("float16") == dtype and backend.options("float16") == {"INFERENCE_PRECISION_HINT": hint}
     assert backend.compute_dtype("float32") == "float32" and backend.options("float32") == {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    assert load_backend("openvino").compute_dtype("bfloat16") in ("bfloat16", "float16", "float32")
+    with pytest.raises(
+        ConfigError, match="no bfloat16 kernels for MatMul and Conv; say --precision fp16 .* --backend openvino"
+    ):
+        load_backend("onnxruntime").compute_dtype("bfloat16")
 
 
 def test_openvino_takes_the_hint_that_the_manifest_records(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
