@@ -202,9 +202,14 @@ def _call(
     stage: str, engine: Engine, cache: EngineCache, open_session: SessionFactory, sessions: ExitStack
 ) -> Callable[[], None]:
     session: Session = open_session(stage, engine, tuple(cache.path(reference) for reference in engine.files))
-    sessions.callback(session.close)
     random = np.random.default_rng(0)
-    session.bind({spec.name: _filled(spec, random) for spec in (*engine.inputs, *engine.outputs)})
+    buffers = {spec.name: _filled(spec, random) for spec in (*engine.inputs, *engine.outputs)}
+
+    def close(owned: Mapping[str, object]) -> None:  # the caller owns the buffers while the session is open
+        session.close()
+
+    sessions.callback(close, buffers)
+    session.bind(buffers)
     return session.execute
 
 

@@ -242,9 +242,10 @@ def test_auto_leaves_what_misses_its_limits(auto: BuildRequest, cache: EngineCac
     assert "not chosen: the denoiser is too coarse" in lines
 
 
-def test_two_float_precisions_for_real(make_graphs: Callable[..., Path], cache: EngineCache) -> None:
-    """On x86, ONNX Runtime puts casts around float16: figures are real, whichever wins."""
-    backend = load_backend("onnxruntime")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_two_float_precisions_for_real(name: str, make_graphs: Callable[..., Path], cache: EngineCache) -> None:
+    """Real sessions over real buffers: the figures are real, whichever wins."""
+    backend = load_backend(name)
     halves, singles = (engines_from_graphs(make_graphs(p, precision=p), backend, cache) for p in ("fp16", "fp32"))
     results = compare_stages(halves, singles, cache, print)
     assert [result.stage for result in results] == ["denoise/1", "decode"]
