@@ -46,6 +46,8 @@ COMPILER_COPIES = {"text": 1.4, "denoise": 1.95, "decode": 1.95}
 """TensorRT-RTX holds the weights that it read and the plan that it writes; embedding tables are not held twice."""
 GRAPH = {"text": 60 * MIB, "denoise": 350 * MIB, "decode": 40 * MIB}
 """OpenVINO's own model of a network, beside its weights."""
+PACKING = {"onnxruntime": 1.45}
+"""What loading holds at its peak, in packed weights; 1 for OpenVINO, which packs from the mapped files."""
 
 CARDS_GIB = {"sm75": 48, "sm80": 80, "sm86": 48, "sm89": 48, "sm120": 96, "sm121": 128}
 """Memory of the largest card of an architecture: Quadro RTX 8000, A100, RTX A6000, RTX 6000 Ada, RTX PRO 6000, GB10."""
@@ -193,7 +195,7 @@ def plan_memory(
     steps += [_build(backend, stage, weights) for stage in to_build]
     if runs_here or gated:
         # Where the bundle's own engines cannot run here, the gate runs its graphs on OpenVINO.
-        steps.append(_run(numbers, weights, activations, width if runs_here else 4, precision))
+        steps.append(_run(backend, numbers, weights, activations, width if runs_here else 4, precision))
     return MemoryForecast(
         weight_bytes=weights,
         activation_bytes={stage: count * width for stage, count in activations.items()},
@@ -303,11 +305,11 @@ def _build(backend: str, stage: str, weights: Mapping[str, int]) -> Step:
     if backend == "tensorrt-rtx":
         held = COMPILER + int(COMPILER_COPIES[kind] * weights[kind])
         return Step(name=f"compiling {stage}", held_bytes=held, mapped_bytes=LIBRARIES + weights[kind])
-    read = weights[kind] if backend == "onnxruntime" else 0
-    return Step(name=f"checking {stage}", held_bytes=INTERPRETER + GRAPH[kind] + read)
+    return Step(name=f"checking {stage}", held_bytes=INTERPRETER + GRAPH[kind])  # both map the weights and read none
 
 
 def _run(
+    backend: str,
     numbers: Mapping[str, int],
     weights: Mapping[str, int],
     activations: Mapping[str, int],
@@ -316,6 +318,7 @@ def _run(
 ) -> Step:
     """All stages loaded, the largest running. A CPU backend packs every weight in the type that it computes in."""
     packed = sum((GRAPH[stage] + numbers[stage] * (1 if precision == "int8" and stage != "text" else width)) for stage in PARTS)
+    packed = int(packed * PACKING.get(backend, 1.0))
     live = sum(activations[stage] * width for stage in PARTS)
     return Step(name="running on this CPU", held_bytes=INTERPRETER + packed + live, mapped_bytes=sum(weights.values()))
 
