@@ -101,26 +101,35 @@ class _Plan:
             for precision in ("fp16", "fp32"):
                 yield self._ours(f"export/nitro-rt-{precision}@{px}", "export", {"precision": precision, "size_px": px})
         yield from self._peers()
-        for precision in ("int8", "fp8"):
-            options = {"symmetric": precision == "fp8", "weight_bits": self.config.weight_bits if precision == "int8" else 8}
-            # The smallest size that is served: ranges hardly depend on it, and the parent runs in float32.
-            request = options | {"precision": precision, "size_px": min(sizes_px), "num_prompts": self.config.num_prompts}
-            yield self._ours(f"calibrate/{precision}", "calibrate", request)
-            for px in sizes_px:
-                needs = (f"calibrate/{precision}", f"export/nitro-rt-fp16@{px}")
-                request = {"recipe": str(self._path(needs[0])), "graphs": str(self._path(needs[1]))}
-                yield self._ours(f"quantise/{precision}@{px}", "quantise", request, needs)
-        for backend, targets in (("openvino", ()), ("tensorrt-rtx", ("sm89",))):
-            for precision in ("fp16", "int8"):
-                graphs = self._graphs(precision, self.native_px)
-                request = {"backend": backend, "targets": targets, "graphs": str(self._path(graphs))}
-                request["cache"] = str(self.config.work / "cache")
-                yield self._ours(f"build/{backend}-{precision}", "build", request, (graphs,))
+        yield from self._quantised(sizes_px)
+        builds = [("openvino", "fp16"), ("openvino", "int8"), ("tensorrt-rtx", "fp16"), ("tensorrt-rtx", "int8-symmetric")]
+        for backend, precision in builds:
+            graphs = self._graphs(precision, self.native_px)
+            targets = ("sm89",) if backend == "tensorrt-rtx" else ()
+            request = {"backend": backend, "targets": targets, "graphs": str(self._path(graphs))}
+            request["cache"] = str(self.config.work / "cache")
+            yield self._ours(f"build/{backend}-{precision}", "build", request, (graphs,))
         for px in sizes_px:
             yield self._reference(px)
             if px in self.latency_px:
                 yield from self._latencies(px)
         yield from self._qualities(self.native_px)
+
+    def _quantised(self, sizes_px: list[int]) -> Iterator[Measurement]:
+        """A recipe of each kind, and the graphs in it: INT8 for this processor, INT8 for TensorRT, FP8."""
+        kinds = {
+            "int8": {"precision": "int8", "symmetric": False, "weight_bits": self.config.weight_bits},
+            "int8-symmetric": {"precision": "int8", "symmetric": True, "weight_bits": 8},
+            "fp8": {"precision": "fp8", "symmetric": True, "weight_bits": 8},
+        }
+        for kind, options in kinds.items():
+            # The smallest size that is served: ranges hardly depend on it, and the parent runs in float32.
+            request = options | {"size_px": min(sizes_px), "num_prompts": self.config.num_prompts}
+            yield self._ours(f"calibrate/{kind}", "calibrate", request)
+            for px in sizes_px if kind == "int8" else [self.native_px]:  # only that one is also timed
+                needs = (f"calibrate/{kind}", f"export/nitro-rt-fp16@{px}")
+                paths = {"recipe": str(self._path(needs[0])), "graphs": str(self._path(needs[1]))}
+                yield self._ours(f"quantise/{kind}@{px}", "quantise", paths, needs)
 
     def _peers(self) -> Iterator[Measurement]:
         for part in ("unet", "decode"):
@@ -177,7 +186,7 @@ class _Plan:
 
     @staticmethod
     def _graphs(precision: str, px: int) -> str:
-        return f"quantise/{precision}@{px}" if precision in ("int8", "fp8") else f"export/nitro-rt-{precision}@{px}"
+        return f"export/nitro-rt-{precision}@{px}" if precision in ("fp16", "fp32") else f"quantise/{precision}@{px}"
 
     def _ours(self, name: str, job: str, request: dict[str, Any], needs: tuple[str, ...] = ()) -> Measurement:
         given = request | {"job": job, "checkpoint": str(self.checkpoint)}

@@ -142,7 +142,12 @@ def test_the_report_speaks_of_every_kind(config: ExportBenchConfig) -> None:
     report = collected(config)
     page = markdown(report)
     assert report.missing == () and "Nothing: all that was planned was measured." in page
-    for text in ("export, optimum", "export, torch.onnx.export(dynamo) unet", "build tensorrt-rtx-int8", "calibration int8"):
+    for text in (
+        "export, optimum",
+        "export, torch.onnx.export(dynamo) unet",
+        "build tensorrt-rtx-int8-symmetric",
+        "calibration int8",
+    ):
         assert text in page
     assert "| tiny | fp8 | as written | 30.0 | 40.0 | 35.0 | 0.9900 |" in page
     assert str(config.work) not in page + report.to_json()
