@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_engines.backends import Backend, load_backend
+from nitro_engines.backends.rtx_targets import check_precision
 from nitro_engines.bundle import GRAPH_DTYPES, backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
 from nitro_engines.cache import EngineCache
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
@@ -186,6 +187,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
 
     backend = load_backend(request.backend, request.targets)
     backend.compute_dtype(GRAPH_DTYPES[request.precision])
+    check_precision(request.targets, request.precision)
     source = resolve_model(request.model, base=request.base, decoder=request.decoder, loras=request.loras)
     with source.opened() as folder:
         resolved = request.resolved(source, read_checkpoint(folder))

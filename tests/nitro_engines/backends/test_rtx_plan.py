@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from nitro_engines.backends.rtx_targets import CAPABILITIES, capabilities
+from nitro_engines.backends.rtx_targets import CAPABILITIES, capabilities, check_precision
 from nitro_engines.bundle import build_bundle, read_graphs
 from nitro_engines.cache import EngineCache
 from nitro_rt.bundle import open_bundle
@@ -23,6 +23,23 @@ def test_targets_are_ordered_and_named() -> None:
         capabilities(("sm86", "sm90"))
     with pytest.raises(ConfigError, match="needs the GPUs to build for"):
         capabilities(())
+
+
+def test_eight_bit_floats_need_a_gpu_that_has_them() -> None:
+    check_precision(("sm89", "sm120"), "fp8")
+    check_precision(("sm75", "sm86"), "int8")
+    with pytest.raises(ConfigError, match="--precision fp8 needs .* sm89 or later; sm75, sm86 has none"):
+        check_precision(("sm75", "sm86", "sm89"), "fp8")
+
+
+@pytest.mark.trt
+def test_turing_cannot_take_bf16() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from nitro_engines.backends import load_backend
+
+    assert load_backend("tensorrt-rtx", ("sm80",)).compute_dtype("bfloat16") == "bfloat16"
+    with pytest.raises(ConfigError, match="sm75 .Turing. has no bfloat16"):
+        load_backend("tensorrt-rtx", ("sm75", "sm80")).compute_dtype("bfloat16")
 
 
 @pytest.mark.trt
