@@ -180,15 +180,14 @@ def plan_memory(
     networks = {stage: _network(checkpoint, stage) for stage in PARTS}
     numbers = {stage: network.numbers for stage, network in networks.items()}
     quantised = precision in ("int8", "fp8")
-    weights = {
-        stage: count * (2 if quantised and stage == "text" else WEIGHT_BYTES[precision]) for stage, count in numbers.items()
-    }
+    floats = {stage: count * WEIGHT_BYTES["fp16" if quantised else precision] for stage, count in numbers.items()}
+    weights = {stage: count if quantised and stage != "text" else floats[stage] for stage, count in numbers.items()}
     activations = activation_numbers(checkpoint, size_px=size_px, batch=batch)
     runs_here = backend != "tensorrt-rtx"
     width = FLOAT_BYTES[compute_dtype]
     steps: list[Step] = []
     if not exported:
-        steps += _export_steps(networks, weights, activations, size_px, precision)
+        steps += _export_steps(networks, floats, activations, size_px, precision)
     if gated:
         steps.append(_parent("drawing the references", networks, activations))
     to_build = [stage for stage in ("text", *(f"denoise/{count}" for count in num_steps), "decode") if stage not in built]
@@ -200,7 +199,7 @@ def plan_memory(
         weight_bytes=weights,
         activation_bytes={stage: count * width for stage, count in activations.items()},
         steps=tuple(steps),
-        disk_bytes=_disk(checkpoint, weights, backend, to_build, cache_root, exported),
+        disk_bytes=_disk(checkpoint, floats, weights, backend, to_build, cache_root, exported),
         available_bytes=available_bytes() if available is None else available,
         free_disk_bytes=free_mib(cache_root) * MIB,
         gpu_bytes=None if runs_here else sum(weights.values()) + max(activations.values()) * width * 2,
@@ -325,6 +324,7 @@ def _run(
 
 def _disk(
     checkpoint: Checkpoint,
+    floats: Mapping[str, int],
     weights: Mapping[str, int],
     backend: str,
     to_build: list[str],
@@ -333,11 +333,12 @@ def _disk(
 ) -> int:
     new = 0
     if not exported:
-        stored, total = _file_bytes(checkpoint), sum(weights.values())
+        stored, total = _file_bytes(checkpoint), sum(floats.values())
         existing = next(path for path in (cache_root, *cache_root.parents) if path.exists())
         linked = existing.stat().st_dev == checkpoint.folder.stat().st_dev
         same_type = 0.9 * stored < total < 1.1 * stored
         new += (0 if linked else stored) if same_type else total
+        new += sum(weights[stage] for stage in PARTS if weights[stage] != floats[stage])
     if backend == "tensorrt-rtx":
         new += sum(weights[stage.partition("/")[0]] for stage in to_build)
     return new

@@ -107,6 +107,30 @@ def test_the_plan_of_sdxl_is_what_was_measured(tmp_path: Path, sdxl: Path) -> No
     assert not plan_memory(checkpoint, backend="openvino", compute_dtype="float32", **options | {"available": 8 * GIB}).fits  # type: ignore[arg-type]
 
 
+def test_new_bytes_on_disk(tmp_path: Path, sdxl: Path) -> None:
+    """Links take nothing; a quantised network, and a plan per step count, do."""
+
+    def disk_gib(precision: str, backend: str = "openvino", built: frozenset[str] = frozenset()) -> float:
+        forecast = plan_memory(
+            read_checkpoint(sdxl),
+            precision=precision,
+            num_steps=(1, 4),
+            size_px=1024,
+            batch=1,
+            backend=backend,
+            compute_dtype="float16",
+            cache_root=tmp_path,
+            built=built,
+        )
+        return forecast.disk_bytes / GIB
+
+    assert disk_gib("fp16") == 0
+    assert disk_gib("int8") == pytest.approx(2.44, abs=0.01)
+    assert disk_gib("fp32") == pytest.approx(12.79, abs=0.01)
+    assert disk_gib("fp16", "tensorrt-rtx") == pytest.approx(2 * 4.78 + 1.52 + 0.09, abs=0.02)
+    assert disk_gib("fp16", "tensorrt-rtx", frozenset({"denoise/1"})) == pytest.approx(4.78 + 1.52 + 0.09, abs=0.02)
+
+
 def test_activations_grow_with_size_and_batch(sdxl: Path) -> None:
     checkpoint = read_checkpoint(sdxl)
     small, large, two = (
