@@ -46,6 +46,8 @@ COMPILER_COPIES = {"text": 1.4, "denoise": 1.95, "decode": 1.95}
 """TensorRT-RTX holds the weights that it read and the plan that it writes; embedding tables are not held twice."""
 GRAPH = {"text": 60 * MIB, "denoise": 350 * MIB, "decode": 40 * MIB}
 """OpenVINO's own model of a network, beside its weights."""
+COPIES = {"text": 1, "denoise": 1, "decode": 2}
+"""How often OpenVINO keeps the weights: those of a decoder are of convolutions, widened and packed beside that."""
 PACKING = {"onnxruntime": 1.45}
 """What loading holds at its peak, in packed weights; 1 for OpenVINO, which packs from the mapped files."""
 
@@ -211,7 +213,7 @@ def activation_numbers(checkpoint: Checkpoint, *, size_px: int, batch: int) -> d
     """By stage, the most numbers that live at once while it runs, with attention that keeps no matrix of scores.
 
     text: the widest layer's states. denoise: everything that skips to the way up, and the widest feed-forward's two halves
-    and their product. decode: input, output and normalised input of the widest convolution at full resolution.
+    and their product. decode: the input of the last block at full resolution, its normalised copy, and the way around.
     """
     side = size_px // checkpoint.vae_factor
     tokens = batch * checkpoint.num_tokens
@@ -236,7 +238,7 @@ def _decode_numbers(vae: Mapping[str, Any], size_px: int, batch: int) -> int:
         return 3 * int(vae["decoder_block_out_channels"][0]) * pixels
     widths = [int(width) for width in vae["block_out_channels"]]
     entering = widths[min(1, len(widths) - 1)]  # what the last upsampling gives to the last block
-    return 2 * entering * pixels + widths[0] * pixels
+    return 3 * entering * pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,10 @@ def _run(
     precision: str,
 ) -> Step:
     """All stages loaded, the largest running. A CPU backend packs every weight in the type that it computes in."""
-    packed = sum((GRAPH[stage] + numbers[stage] * (1 if precision == "int8" and stage != "text" else width)) for stage in PARTS)
+    packed = sum(
+        GRAPH[stage] + COPIES[stage] * numbers[stage] * (1 if precision == "int8" and stage != "text" else width)
+        for stage in PARTS
+    )
     packed = int(packed * PACKING.get(backend, 1.0))
     live = sum(activations[stage] * width for stage in PARTS)
     return Step(name="running on this CPU", held_bytes=INTERPRETER + packed + live, mapped_bytes=sum(weights.values()))

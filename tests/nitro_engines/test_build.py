@@ -73,7 +73,7 @@ def test_the_second_time_all_comes_from_the_cache(request_: BuildRequest, cache:
     second = build(request_, lines.append, cache)
     assert len(exporter.calls) == 1 and "export" not in second.seconds
     assert second.manifest == first.manifest and not second.published
-    assert lines[0] == "graphs of little from the cache"
+    assert lines[0] == "graphs from the cache"
 
 
 def test_the_default_place(
@@ -91,7 +91,7 @@ def test_damaged_graphs_are_exported_again(request_: BuildRequest, cache: Engine
     assert not plan(request_, cache).graphs_cached
     lines: list[str] = []
     build(request_, lines.append, cache)
-    assert len(exporter.calls) == 2 and "are damaged and are exported again" in lines[0]
+    assert len(exporter.calls) == 2 and "are damaged and are made again" in lines[0]
     open_bundle(request_.out or "").verify()
 
 

@@ -103,6 +103,9 @@ def test_the_plan_of_sdxl_is_what_was_measured(tmp_path: Path, sdxl: Path) -> No
     measured = {"exporting": 0.66, "compiling text": 3.86, "compiling denoise/1": 14.31, "compiling decode": 0.61}
     for name, gib in measured.items():
         assert peaks[name] == pytest.approx(gib, rel=0.15), name
+    loaded = (host.steps[-1].held_bytes - sum(host.activation_bytes.values())) / GIB
+    assert host.steps[-1].name == "running on this CPU" and loaded == pytest.approx(14.39, rel=0.15)
+    assert host.activation_bytes["denoise"] / GIB == pytest.approx(0.27, rel=0.15)
     assert rtx.fits and host.fits
     assert not plan_memory(checkpoint, backend="openvino", compute_dtype="float32", **options | {"available": 8 * GIB}).fits  # type: ignore[arg-type]
 
