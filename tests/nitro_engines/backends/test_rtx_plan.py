@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 
+from nitro_engines.backends import load_backend
 from nitro_engines.backends.rtx_targets import CAPABILITIES, capabilities, check_precision
-from nitro_engines.bundle import build_bundle, read_graphs
+from nitro_engines.bundle import build_bundle, bundle_from_graphs, read_graphs
 from nitro_engines.cache import EngineCache
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BuildError, ConfigError
@@ -35,21 +40,18 @@ def test_eight_bit_floats_need_a_gpu_that_has_them() -> None:
 @pytest.mark.trt
 def test_turing_cannot_take_bf16() -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from nitro_engines.backends import load_backend
-
     assert load_backend("tensorrt-rtx", ("sm80",)).compute_dtype("bfloat16") == "bfloat16"
     with pytest.raises(ConfigError, match="sm75 .Turing. has no bfloat16"):
         load_backend("tensorrt-rtx", ("sm75", "sm80")).compute_dtype("bfloat16")
 
 
 @pytest.mark.trt
-@pytest.mark.parametrize("external", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "external"), [("fp32", False), ("fp16", True)])
 def test_one_plan_for_three_targets(
     make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path, precision: str, external: bool
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    graphs, out = make_graphs(steps=(1, 2), precision=precision, external=external), tmp_path / "bundle"
+    graphs, out = make_graphs(precision=precision, external=external), tmp_path / "bundle"
     manifest = build_bundle(graphs, out, backend="tensorrt-rtx", targets=("sm120", "sm86", "sm89"), cache=cache)
     open_bundle(out).verify()
     assert manifest.target == {
@@ -68,8 +70,6 @@ def test_one_plan_for_three_targets(
 @pytest.mark.parametrize("target", CAPABILITIES)
 def test_every_target_compiles_fp16(make_graphs: MakeGraphs, tmp_path: Path, target: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from nitro_engines.backends import load_backend
-
     graphs = make_graphs(precision="fp16")
     manifest = read_graphs(graphs)
     (plan,) = load_backend("tensorrt-rtx", (target,)).compile(graphs / "decode.onnx", manifest.decode, tmp_path)
@@ -88,8 +88,6 @@ def test_the_parsers_own_words_are_in_the_error(
     make_graphs: MakeGraphs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from nitro_engines.backends import load_backend
-
     graphs = make_graphs()
     model = onnx.load(str(graphs / "decode.onnx"))
     next(node for node in model.graph.node if node.op_type == "Round").op_type = "NoSuchOperator"
@@ -125,9 +123,44 @@ def test_a_killed_compiler_is_a_typed_error(make_graphs: MakeGraphs, tmp_path: P
 def test_a_full_disk_is_named(make_graphs: MakeGraphs, tmp_path: Path) -> None:
     """`/dev/full` refuses every write, as a full disk does; the compiler itself only hears of a short count."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from nitro_engines.backends import load_backend
-
     graphs = make_graphs(precision="fp16")
     (tmp_path / "engine.plan").symlink_to("/dev/full")
     with pytest.raises(BuildError, match="writing the plan failed at .*engine.plan: No space left on device; .* MiB are free"):
         load_backend("tensorrt-rtx", ("sm89",)).compile(graphs / "decode.onnx", read_graphs(graphs).decode, tmp_path)
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler is tied to its build through Linux's prctl")
+def test_a_killed_build_leaves_no_compiler_and_the_next_one_resumes(make_graphs: MakeGraphs, tmp_path: Path) -> None:
+    """A compiler left behind would hold gigabytes of the memory that the next build needs."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    graphs, out, cache = make_graphs(precision="fp16"), tmp_path / "bundle", EngineCache(tmp_path / "cache")
+    code = (
+        "from pathlib import Path\nfrom nitro_engines.bundle import build_bundle\nfrom nitro_engines.cache import EngineCache\n"
+        f"build_bundle(Path({str(graphs)!r}), Path({str(out)!r}), backend='tensorrt-rtx', targets=('sm89',), "
+        f"cache=EngineCache(Path({str(cache.root)!r})))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        wait_for(lambda: len(list((cache.engines / "entries").glob("*.json"))) == 1 and compilers(tmp_path))  # the second stage
+        process.kill()
+    wait_for(lambda: not compilers(tmp_path))
+    assert not out.exists()
+    result = bundle_from_graphs(graphs, out, load_backend("tensorrt-rtx", ("sm89",)), cache)
+    open_bundle(out).verify()
+    assert result.stages["text"] == "cached" and not list((cache.root / "work").iterdir())
+
+
+def compilers(tmp_path: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().decode(errors="replace")
+            found += [line] if "_rtx_compile" in line and str(tmp_path) in line else []
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
