@@ -107,7 +107,6 @@ class _Plan:
             graphs = self._graphs(precision, self.native_px)
             targets = ("sm89",) if backend == "tensorrt-rtx" else ()
             request = {"backend": backend, "targets": targets, "graphs": str(self._path(graphs))}
-            request["cache"] = str(self.config.work / "cache")
             yield self._ours(f"build/{backend}-{precision}", "build", request, (graphs,))
         for px in sizes_px:
             yield self._reference(px)

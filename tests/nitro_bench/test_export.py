@@ -23,7 +23,7 @@ COST = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_rss_bytes": 2**30, "num_bytes"
 
 @pytest.fixture
 def config(tmp_path: Path) -> ExportBenchConfig:
-    return ExportBenchConfig(work=tmp_path / "work", sizes=("tiny",), optimum_python=Path(sys.executable))
+    return ExportBenchConfig(work=tmp_path / "work", sizes=("half",), optimum_python=Path(sys.executable))
 
 
 def use(monkeypatch: pytest.MonkeyPatch, planned: list[Measurement], script: str) -> None:
@@ -45,9 +45,9 @@ def test_what_a_measurement_needs_comes_before_it(config: ExportBenchConfig) -> 
 
 
 def test_sides_take_turns_and_every_child_is_there(config: ExportBenchConfig) -> None:
-    names = [m.name.split("/")[-2:] for m in measurements(config) if m.name.startswith("tiny/latency@64/decode")]
+    names = [m.name.split("/")[-2:] for m in measurements(config) if m.name.startswith("half/latency@512/decode")]
     first, second = names[: len(names) // 2], names[len(names) // 2 :]
-    assert [side for side, _ in first] == [side for side, _ in second] and len(first) == 5
+    assert [side for side, _ in first] == [side for side, _ in second] and len(first) == 6
     folder = Path(export_plan.__file__).parent
     assert all((folder / f"{m.child}.py").is_file() for m in measurements(config))
 
@@ -61,50 +61,50 @@ def test_wrong_options_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> Non
 def test_a_result_is_kept_and_not_made_again(config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     log = config.work / "log"
     script = f"open({str(log)!r}, 'a').write('x'); print('noise'); print({json.dumps(json.dumps(COST))})"
-    use(monkeypatch, [one("tiny/a", config), one("tiny/b", config)], script)
+    use(monkeypatch, [one("half/a", config), one("half/b", config)], script)
     config.work.mkdir()
     run(config, only=["*/a"], report=lambda line: None)
     run(config, only=["*/a"], report=lambda line: None)
-    found = stored(config, "tiny/a")
+    found = stored(config, "half/a")
     assert found is not None and found.items() >= COST.items() and log.read_text() == "x"
-    assert collected(config).missing == ("tiny/b",)
+    assert collected(config).missing == ("half/b",)
 
 
 def test_a_failure_is_a_result_and_what_needs_it_is_left_out(
     config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = [one("tiny/a", config), one("tiny/b", config, needs=("tiny/a",))]
+    planned = [one("half/a", config), one("half/b", config, needs=("half/a",))]
     use(monkeypatch, planned, f"import sys; sys.exit('no room in {config.work}/there')")
     said: list[str] = []
     run(config, report=said.append)
-    found = stored(config, "tiny/a")
+    found = stored(config, "half/a")
     assert found is not None and found["failed"] == "ended with 1: no room in there"
-    assert stored(config, "tiny/b") is None and said[-1] == "tiny/b: left out, it needs tiny/a"
+    assert stored(config, "half/b") is None and said[-1] == "half/b: left out, it needs half/a"
     page = markdown(collected(config))
-    assert "- tiny/a: ended with 1: no room in there" in page and "- tiny/b: not made" in page
+    assert "- half/a: ended with 1: no room in there" in page and "- half/b: not made" in page
     use(monkeypatch, planned, f"print({json.dumps(json.dumps(COST))})")
     run(config, report=said.append)
-    assert stored(config, "tiny/a") == found, "a failure is made again only when asked for"
+    assert stored(config, "half/a") == found, "a failure is made again only when asked for"
     run(config, retry=True, report=said.append)
-    assert "failed" not in (stored(config, "tiny/a") or {"failed": 1})
-    assert stored(config, "tiny/b") is not None
+    assert "failed" not in (stored(config, "half/a") or {"failed": 1})
+    assert stored(config, "half/b") is not None
 
 
 def test_a_child_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ExportBenchConfig(work=tmp_path, sizes=("tiny",), limit_s=0.2)
-    use(monkeypatch, [one("tiny/a", config)], "import time; time.sleep(60)")
+    use(monkeypatch, [one("half/a", config)], "import time; time.sleep(60)")
     run(config, report=lambda line: None)
-    assert (stored(config, "tiny/a") or {})["failed"] == "ran past 0 s"
+    assert (stored(config, "half/a") or {})["failed"] == "ran past 0 s"
 
 
 def test_what_a_killed_child_left_is_removed(config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = config.work / "tiny" / "graphs"
+    out = config.work / "half" / "graphs"
     out.mkdir(parents=True)
     (out / "cut.onnx").write_bytes(b"cut")
     script = f"import os; assert not os.path.exists({str(out)!r}); print({json.dumps(json.dumps(COST))})"
-    use(monkeypatch, [one("tiny/a", config, out=out)], script)
+    use(monkeypatch, [one("half/a", config, out=out)], script)
     run(config, report=lambda line: None)
-    assert "failed" not in (stored(config, "tiny/a") or {"failed": 1})
+    assert "failed" not in (stored(config, "half/a") or {"failed": 1})
 
 
 def latency(wall_s: list[float]) -> dict[str, Any]:
@@ -117,17 +117,17 @@ def test_ratios_are_to_the_fastest_peer_and_goals_are_judged(
     calls = {"openvino-fp16": [9.0], "openvino-int8": [6.0], "diffusers-fp32": [20.0], "onnxruntime-fp32": [10.0]}
     for side, wall_s in calls.items():
         for round_ in (1, 2):
-            export._store(config, f"tiny/latency@64/decode/{side}/{round_}", latency(wall_s))
+            export._store(config, f"half/latency@512/decode/{side}/{round_}", latency(wall_s))
     monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2", "cores": "2"})
     report = collected(config)
-    assert ratios(report.latencies()["tiny", 64, "decode"]) == {"openvino-fp16": 0.9, "openvino-int8": 0.6}
+    assert ratios(report.latencies()["half", 512, "decode"]) == {"openvino-fp16": 0.9, "openvino-int8": 0.6}
     page = markdown(report)
     assert "openvino-fp16: 0.90 of the best peer, goal 0.95: met" in page
     assert "openvino-int8: 0.60 of the best peer, goal 0.55: missed; promised only with AMX or VNNI" in page
-    assert "tiny/latency@64/denoise/...: not made" in page.replace(" (10 of them)", "")
+    assert "half/latency@512/denoise/...: not made" in page.replace(" (12 of them)", "")
     monkeypatch.setattr(export, "machine", lambda: {"cpu_features": "avx2, avx512_vnni", "cores": "2"})
     assert "goal 0.55: missed\n" in markdown(collected(config))
-    assert json.loads(report.to_json())["results"]["tiny/latency@64/decode/openvino-int8/1"]["wall_s"] == [6.0]
+    assert json.loads(report.to_json())["results"]["half/latency@512/decode/openvino-int8/1"]["wall_s"] == [6.0]
 
 
 def test_the_report_speaks_of_every_kind(config: ExportBenchConfig) -> None:
@@ -149,14 +149,14 @@ def test_the_report_speaks_of_every_kind(config: ExportBenchConfig) -> None:
         "calibration int8",
     ):
         assert text in page
-    assert "| tiny | fp8 | as written | 30.0 | 40.0 | 35.0 | 0.9900 |" in page
+    assert "| half | fp8 | as written | 30.0 | 40.0 | 35.0 | 0.9900 |" in page
     assert str(config.work) not in page + report.to_json()
 
 
 def test_a_busy_machine_is_said(config: ExportBenchConfig) -> None:
-    export._store(config, "tiny/checkpoint", COST | {"load_average": "0.3"})
+    export._store(config, "half/checkpoint", COST | {"load_average": "0.3"})
     assert "The machine was busy" not in markdown(collected(config))
-    export._store(config, "tiny/export/torch-unet", COST | {"load_average": "700"})
+    export._store(config, "half/export/torch-unet", COST | {"load_average": "700"})
     assert "busy** when 1 of 2 measurements began (load 0.3 to 700.0" in markdown(collected(config))
 
 
@@ -225,4 +225,4 @@ def test_the_whole_bench_on_a_tiny_checkpoint(tmp_path: Path) -> None:
     failed = {name: result["failed"] for name, result in report.results.items() if "failed" in result}
     assert all("tensorrt-rtx" in name for name in failed), failed
     page = markdown(report)
-    assert "| tiny | int8 | as written |" in page and "of the best peer" in page
+    assert "| tiny | int8 | as written |" in page and "diffusers-compile-fp32" in page
