@@ -95,7 +95,7 @@ def _measured(config: ExportBenchConfig, measurement: Measurement) -> dict[str, 
         said = done.stderr.strip().splitlines()[-1:] or ["no output"]
         reason = "killed, most likely for want of memory" if done.returncode == -9 else said[0]
         return when | {"failed": _without_paths(config, f"ended with {done.returncode}: {reason}")[:400]}
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(_without_paths(config, done.stdout.strip().splitlines()[-1]))
     return when | answer
 
 
