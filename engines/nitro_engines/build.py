@@ -15,7 +15,7 @@ from nitro_engines.files import Report, foreign_errors, fsync, silent, storage_e
 from nitro_engines.gate import Gate, QualityMissed
 from nitro_engines.plan import Preparation, cached_graphs, forecast, prepare_build
 from nitro_engines.publish import prepare
-from nitro_engines.quantisation import recipe_of
+from nitro_engines.quantisation import recipe_of, worst_operators
 from nitro_engines.request import AUTO, BuildRequest
 from nitro_engines.speed import (
     FLOAT_PRECISIONS,
@@ -46,7 +46,12 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
     started = time.perf_counter()
     graphs, exported = _graphs(prepared, cache, report)
     seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
-    result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=_gate(prepared, report))
+    try:
+        result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=_gate(prepared, report))
+    except QualityMissed as exc:
+        if prepared.quantisation is None:
+            raise
+        raise QualityMissed(f"{exc}. {worst_operators(prepared.source.assemble(report), graphs, report)}") from exc
     return dataclasses.replace(result, seconds={**seconds, **result.seconds})
 
 

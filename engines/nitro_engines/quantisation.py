@@ -87,5 +87,22 @@ def recipe_of(
         return recipe
 
 
+def worst_operators(checkpoint: Path, graphs: Path, report: Report) -> str:
+    """A sentence that names the ten quantised operators with the largest error: where to look when a bundle misses its gate."""
+    from nitro_export import read_checkpoint
+    from nitro_export.parent import Parent
+    from nitro_export.quantise import QuantisationRecipe, attribute
+    from nitro_rt.manifest import EXPORT_FILE, GraphsManifest, from_json
+
+    report("looking for the operators that lose most")
+    path = graphs / EXPORT_FILE
+    manifest = from_json(GraphsManifest, path.read_text(encoding="utf-8"), where=str(path))
+    assert manifest.quantisation is not None
+    size_px = QuantisationRecipe.from_dict(manifest.quantisation, where=str(path)).calibration_size_px
+    errors = attribute(graphs, Parent(read_checkpoint(checkpoint), size_px=size_px), report=report)
+    listed = [f"{error.name} {error.sqnr_db:.1f} dB (calibrated {error.expected_db:.1f})" for error in errors]
+    return f"Operators with the largest error: {'; '.join(listed)}"
+
+
 def _arguments(quantisation: Quantisation) -> dict[str, Any]:
     return dataclasses.asdict(quantisation)
