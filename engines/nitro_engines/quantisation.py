@@ -22,7 +22,10 @@ BASE_PRECISION = "fp16"
 """What the layers that are not quantised are exported in."""
 DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm", "asimd"}
 """CPUs with one of these add 8-bit products up in 32 bits. Others (AVX2 alone) saturate at 16 bits on the way."""
-CPU_BACKENDS = ("openvino", "onnxruntime")
+SATURATING_BACKENDS = ("openvino",)
+"""Those whose kernels do that. ONNX Runtime's give the same pictures with 8 bits (docs/quantisation.md)."""
+MAX_CALIBRATION_PX = 512
+"""Larger images are calibrated at this size: ranges are of layers, and a 1024-pixel drawing takes four times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def quantisation_of(precision: str, backend: str) -> Quantisation | None:
     """What `precision` means on `backend`; None for a float precision."""
     if precision not in QUANTISED:
         return None
-    saturates = backend in CPU_BACKENDS and not DOT_PRODUCTS & set(cpu_target()["features"].split())
+    saturates = backend in SATURATING_BACKENDS and not DOT_PRODUCTS & set(cpu_target()["features"].split())
     return Quantisation(precision=precision, weight_bits=7 if saturates and precision == "int8" else 8)
 
 
@@ -65,8 +68,9 @@ def recipe_of(
     from nitro_export.parent import Parent
     from nitro_export.quantise import QuantisationRecipe, calibrate
 
-    names = ("checkpoint", "steps", "shift", "size_px", "toolchain")
-    key = key_of({"recipe": quantisation.fields(), **{name: fields[name] for name in names}})
+    size_px = min(fields["size_px"], MAX_CALIBRATION_PX)
+    names = ("checkpoint", "steps", "shift", "toolchain")
+    key = key_of({"recipe": quantisation.fields(), "size_px": size_px, **{name: fields[name] for name in names}})
     with cache.making(key, "this calibration", report) as work:
         known = cache.find_record("recipes", key)
         if known is not None:
@@ -77,7 +81,7 @@ def recipe_of(
             except BundleError as exc:
                 report(f"the cached calibration {key[:12]} is damaged and is measured again: {exc}")
         recipe = calibrate(
-            Parent(read_checkpoint(checkpoint), size_px=fields["size_px"]),
+            Parent(read_checkpoint(checkpoint), size_px=size_px),
             steps=fields["steps"],
             shift=fields["shift"],
             **_arguments(quantisation),

@@ -103,7 +103,7 @@ def export_checkpoint(
         origin=origin or checkpoint.resolve().name,
     )
     try:
-        with _assembled(out) as folder:
+        with assembled(out) as folder:
             manifest = _write(request, folder, source, versions, report)
             (folder / EXPORT_FILE).write_text(to_json(manifest), encoding="utf-8")
     except OSError as exc:
@@ -151,7 +151,7 @@ def _shift(checkpoint: Checkpoint) -> int:
 
 
 @contextmanager
-def _assembled(out: Path) -> Iterator[Path]:
+def assembled(out: Path) -> Iterator[Path]:
     """A hidden sibling of `out` to write into; it becomes `out` at the end, or vanishes if the body fails.
 
     What a killed export left is removed by the next one. Exports to the same `out` wait for each other.

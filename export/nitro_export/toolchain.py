@@ -33,6 +33,6 @@ def toolchain() -> dict[str, str]:
 def _code_sha256() -> str:
     # A version number would not notice an edited checkout, and stale graphs would then be taken from a cache.
     digest = hashlib.sha256()
-    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(nitro_rt.schedule.__file__)]:
+    for path in [*sorted(Path(__file__).parent.rglob("*.py")), Path(nitro_rt.schedule.__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

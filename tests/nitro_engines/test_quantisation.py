@@ -63,6 +63,7 @@ def test_a_quantised_bundle_and_one_with_a_wrong_scale(tiny_kl: Path, tmp_path: 
     [
         ("avx2", "openvino", "int8", 7),
         ("avx2 avx_vnni", "openvino", "int8", 8),
+        ("avx2", "onnxruntime", "int8", 8),
         ("avx2", "tensorrt-rtx", "int8", 8),
         ("avx2", "openvino", "fp8", 8),
     ],

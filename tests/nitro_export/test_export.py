@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nitro_export import checkpoint_sha256, export_checkpoint, toolchain
-from nitro_export.export import _assembled
+from nitro_export.export import assembled
 from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
 from nitro_rt.manifest import EXPORT_FILE, Graph, GraphsManifest, check_file, from_json
 from oracle import oracle_images
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_nothing(tiny_kl: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), _assembled(tmp_path / "out") as folder:
+    with pytest.raises(KeyboardInterrupt), assembled(tmp_path / "out") as folder:
         (folder / "text.onnx").touch()
         raise KeyboardInterrupt
     assert _visible(tmp_path) == []
@@ -219,8 +219,8 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_export_leaves_nothing_visible_and_the_next_one_clears_it(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from nitro_export.export import _assembled\n"
-        "with _assembled(Path(sys.argv[1])) as folder:\n"
+        "import os, sys; from pathlib import Path; from nitro_export.export import assembled\n"
+        "with assembled(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'text.onnx').write_bytes(b'half'); os.kill(os.getpid(), 9)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -228,7 +228,7 @@ def test_a_killed_export_leaves_nothing_visible_and_the_next_one_clears_it(tmp_p
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert any(name.endswith(".partial") for name in _visible(tmp_path))
-    with _assembled(tmp_path / "out") as folder:
+    with assembled(tmp_path / "out") as folder:
         (folder / "text.onnx").write_bytes(b"whole")
     assert _visible(tmp_path) == ["out"]
     assert (tmp_path / "out" / "text.onnx").read_bytes() == b"whole"

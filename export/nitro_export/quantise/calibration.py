@@ -112,8 +112,8 @@ def calibrate(
 
 
 def default_num_prompts(size_px: int) -> int:
-    """32 for small images, 8 at 512 pixels, 2 at 1024: each costs one pass per noise level and one through the decoder."""
-    return max(2, min(32, 2 * 1024**2 // size_px**2))
+    """32 for small images, 4 at 512 pixels, 2 at 1024: each costs one pass per noise level and one through the decoder."""
+    return max(2, min(32, 1024**2 // size_px**2))
 
 
 def _prompts(prompts: Sequence[str] | None, num_prompts: int | None, size_px: int, seed: int) -> tuple[str, ...]:

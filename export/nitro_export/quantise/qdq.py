@@ -25,7 +25,7 @@ import torch
 from onnx import NodeProto, helper
 from torch import Tensor
 
-from nitro_export.export import _assembled
+from nitro_export.export import assembled
 from nitro_export.graph import NO_HARD_LINK
 from nitro_export.quantise.formats import NumberFormat, activation_format, activation_scale, channel_scales, weight_format
 from nitro_export.quantise.recipe import QuantisationRecipe, QuantisedLayer
@@ -59,7 +59,7 @@ def quantise_graphs(
     manifest = _read(graphs)
     _check_recipe(recipe, manifest)
     try:
-        with _assembled(out) as folder:
+        with assembled(out) as folder:
             for reference in (*manifest.text.files, *(tokenizer.file for tokenizer in manifest.tokenizers)):
                 _link_or_copy(graphs / reference.path, folder / reference.path)
             denoise = {f"denoise-{count}": graph for count, graph in manifest.denoise.items()}
