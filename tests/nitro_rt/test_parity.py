@@ -51,7 +51,14 @@ def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 request = BuildRequest(
-                    model=str(checkpoint), steps=STEPS, backend=backend, shift=shift, batch=batch, precision=precision, out=out
+                    model=str(checkpoint),
+                    steps=STEPS,
+                    backend=backend,
+                    shift=shift,
+                    batch=batch,
+                    precision=precision,
+                    gate_prompts=1,
+                    out=out,
                 )
                 build(request, cache=cache)
         return out
