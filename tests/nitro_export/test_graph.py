@@ -163,7 +163,8 @@ def test_stages_share_weights_and_keep_their_tables(linear: Path, tmp_path: Path
     for name, rows in expected.items():
         for index, row in enumerate(rows):
             found = _run(str(files[name][0]), x=x.numpy(), index=np.array([index]))
-            torch.testing.assert_close(torch.from_numpy(found), row)
+            # 64 products per value, summed in another order; another stage's table would be off by whole numbers.
+            torch.testing.assert_close(torch.from_numpy(found), row, rtol=1e-5, atol=1e-4)
 
 
 def test_a_graph_that_loses_an_input_is_refused(linear: Path, tmp_path: Path) -> None:

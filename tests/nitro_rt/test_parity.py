@@ -109,6 +109,7 @@ def test_fp32_images_equal_diffusers(backend: str, shift: int, batch: int, check
         _check(pipe, checkpoint, PROMPTS[:1], seed=2**40 + 7, steps=4, shift=shift)
 
 
+@pytest.mark.slow  # the export's own tests draw in fp16 on ONNX Runtime, the quantised build's on OpenVINO
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp16_images_equal_diffusers(backend: str, checkpoint: Path, bundle_of: BundleOf) -> None:
     with Pipeline.load(bundle_of(backend, shift=500, batch=1, precision="fp16")) as pipe:
