@@ -128,7 +128,8 @@ def extract_lora(
         dry_run: check everything and write nothing.
     Returns: the report; None after a dry run.
     Raises: ConfigError if the two do not fit together or an option is wrong, ModelNotFound if one is not there,
-        BackendUnavailable if there is no such device, TrainingError if a file is damaged or `out` cannot be written.
+        BackendUnavailable if there is no such device, ExportError if a file is damaged, TrainingError if `out` cannot be
+        written.
     """
     ranks = _checked_ranks(rank, report_ranks)
     if dtype not in DTYPES:

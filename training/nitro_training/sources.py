@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from nitro_export.weights import UNetWeights, open_unet
-from nitro_rt.errors import BackendUnavailable, ConfigError, ModelNotFound, TrainingError
+from nitro_rt.errors import BackendUnavailable, ConfigError, ExportError, ModelNotFound, TrainingError
 from nitro_rt.manifest import sha256_of
 from nitro_training.model import LATENT_PX, TextEncoders
 from nitro_training.samplers import SAMPLERS
@@ -237,8 +237,18 @@ def load_text_encoders(folder: Path) -> TextEncoders:
 
 def unet_digest(path: str) -> str:
     """SHA-256 of the weight file or files of a UNet, as `Teacher.digests` has it."""
-    with open_unet(Path(path)) as weights:
+    with _opened(Path(path)) as weights:
         return _digest(weights.files)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[UNetWeights]:
+    """`open_unet` for a run. Raises: TrainingError, as for every other damaged part."""
+    try:
+        with open_unet(path) as weights:
+            yield weights
+    except ExportError as exc:
+        raise TrainingError(str(exc)) from exc
 
 
 def fuse_lora(unet: UNet2DConditionModel, path: Path, scale: float) -> str:
@@ -302,7 +312,7 @@ def _load(path: Path, config: dict[str, Any], option: str, model: str) -> tuple[
             unet = UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"{option}: diffusers cannot build a UNet from the config.json at {path}: {exc}") from exc
-    with open_unet(path) as weights:
+    with _opened(path) as weights:
         _require_same_tensors(path, weights, unet, option, model)
         # copies: what is in memory must not follow the mapped file
         state = {key: weights.tensor(key).to(torch.float32, copy=True) for key in weights.specs}

@@ -77,7 +77,7 @@ def transfer(
         dry_run: check everything and write nothing.
     Returns: what was made; None after a dry run.
     Raises: ConfigError if the three do not fit together or an option is wrong, ModelNotFound if one is not there,
-        ExportError if custom's other parts are not SDXL's, TrainingError if a file is damaged or `out` cannot be written.
+        ExportError if custom's other parts are not SDXL's or a file is damaged, TrainingError if `out` cannot be written.
     """
     if not math.isfinite(scale) or scale == 0:
         raise ConfigError(f"--scale {scale} must be a number other than 0; 1 transfers all of it")
