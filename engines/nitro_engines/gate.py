@@ -18,6 +18,7 @@ from nitro_engines.files import Report, foreign_errors, source_sha256
 from nitro_engines.host import cpu_target
 from nitro_engines.keys import key_of
 from nitro_engines.publish import assemble
+from nitro_engines.quantisation import QUANTISED
 from nitro_engines.references import references_of
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import RUNTIMES
@@ -27,7 +28,6 @@ from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
 from nitro_rt.quality import Comparison, QualityResult, limits_of
 from nitro_rt.references import compare_with_parent, with_steps
 
-QUANTISED = ("int8", "fp8")
 _JUDGES = (__file__, nitro_rt.quality.__file__, nitro_rt.references.__file__)
 Engines = dict[str, Engine]
 """By stage: `text`, `denoise/1`, ..., `decode`."""

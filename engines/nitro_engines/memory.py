@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from nitro_engines.files import free_mib
 from nitro_engines.host import available_bytes
+from nitro_engines.quantisation import MAX_CALIBRATION_PX, QUANTISED
+from nitro_export.export import PARITY_BYTES
 from nitro_rt.errors import BuildError
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ EXPORTER = 500 * MIB
 """Python with torch, diffusers, transformers and the exporter."""
 TRACE = 24 << 10
 """Per weight tensor of the UNet: its part of the trace and of the graph."""
-COMPARED_BYTES = 1 << 30
-"""Exports whose weights times 64x64 tiles of image stay below are compared with torch: nitro_export.export.PARITY_BYTES."""
 LIBRARIES = 130 * MIB
 """Mapped code of torch, or of the TensorRT-RTX compiler."""
 COMPILER = 230 * MIB
@@ -181,7 +181,7 @@ def plan_memory(
     """
     networks = {stage: _network(checkpoint, stage) for stage in PARTS}
     numbers = {stage: network.numbers for stage, network in networks.items()}
-    quantised = precision in ("int8", "fp8")
+    quantised = precision in QUANTISED
     floats = {stage: count * WEIGHT_BYTES["fp16" if quantised else precision] for stage, count in numbers.items()}
     weights = {stage: count if quantised and stage != "text" else floats[stage] for stage, count in numbers.items()}
     activations = activation_numbers(checkpoint, size_px=size_px, batch=batch)
@@ -189,7 +189,10 @@ def plan_memory(
     width = FLOAT_BYTES[compute_dtype]
     steps: list[Step] = []
     if not exported:
-        steps += _export_steps(networks, floats, activations, size_px, precision)
+        steps += _export_steps(networks, floats, activations, size_px)
+        if quantised:
+            watched = activation_numbers(checkpoint, size_px=min(size_px, MAX_CALIBRATION_PX), batch=1)
+            steps += [_parent("calibrating", networks, watched), _quantise(networks)]
     if gated:
         steps.append(_parent("drawing the references", networks, activations))
     to_build = [stage for stage in ("text", *(f"denoise/{count}" for count in num_steps), "decode") if stage not in built]
@@ -278,20 +281,23 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _export_steps(
-    networks: Mapping[str, _Network], weights: Mapping[str, int], activations: Mapping[str, int], size_px: int, precision: str
+    networks: Mapping[str, _Network], weights: Mapping[str, int], activations: Mapping[str, int], size_px: int
 ) -> Iterator[Step]:
     largest = max(network.largest for network in networks.values())
     tracing = EXPORTER + TRACE * networks["denoise"].num_tensors
     compared = 0
     for stage, network in networks.items():
         tiles = 1.0 if stage == "text" else (size_px / 64) ** 2
-        if network.stored_bytes * tiles <= COMPARED_BYTES:  # once in torch, once in ONNX Runtime
+        if network.stored_bytes * tiles <= PARITY_BYTES:  # compared: once in torch, once in ONNX Runtime
             compared = max(compared, 2 * 4 * (network.numbers + activations[stage]))
     same_type = all(0.9 * weights[stage] < network.stored_bytes < 1.1 * weights[stage] for stage, network in networks.items())
     yield Step(name="exporting", held_bytes=tracing + max(compared, 0 if same_type else 10 * largest), mapped_bytes=LIBRARIES)
-    if precision in ("int8", "fp8"):
-        yield _parent("calibrating", networks, activations)
-        yield Step(name="quantising", held_bytes=tracing + 12 * largest, mapped_bytes=LIBRARIES)
+
+
+def _quantise(networks: Mapping[str, _Network]) -> Step:
+    """One tensor at a time: as it is stored, widened, rounded, and its codes."""
+    largest = max(network.largest for stage, network in networks.items() if stage != "text")
+    return Step(name="quantising", held_bytes=EXPORTER + 8 * largest, mapped_bytes=LIBRARIES)
 
 
 def _parent(name: str, networks: Mapping[str, _Network], activations: Mapping[str, int]) -> Step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nitro_export
 from nitro_engines.cache import EngineCache
@@ -41,7 +41,7 @@ class Quantisation:
     def fields(self) -> Fields:
         """For keys: the options, and the code that gives them their meaning."""
         package = Path(nitro_export.__file__).parent / "quantise"
-        return dataclasses.asdict(self) | {"source": source_sha256(package)}
+        return dataclasses.asdict(self) | {"source": source_sha256(package), "max_calibration_px": MAX_CALIBRATION_PX}
 
 
 def quantisation_of(precision: str, backend: str) -> Quantisation | None:
@@ -84,7 +84,7 @@ def recipe_of(
             Parent(read_checkpoint(checkpoint), size_px=size_px),
             steps=fields["steps"],
             shift=fields["shift"],
-            **_arguments(quantisation),
+            **dataclasses.asdict(quantisation),
             report=report,
         )
         cache.store_record("recipes", key, recipe.as_dict(), work)
@@ -106,7 +106,3 @@ def worst_operators(checkpoint: Path, graphs: Path, report: Report) -> str:
     errors = attribute(graphs, Parent(read_checkpoint(checkpoint), size_px=size_px), report=report)
     listed = [f"{error.name} {error.sqnr_db:.1f} dB (calibrated {error.expected_db:.1f})" for error in errors]
     return f"Operators with the largest error: {'; '.join(listed)}"
-
-
-def _arguments(quantisation: Quantisation) -> dict[str, Any]:
-    return dataclasses.asdict(quantisation)

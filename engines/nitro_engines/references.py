@@ -57,8 +57,8 @@ def references_of(
     Args:
         checkpoint: gives the folder that `graphs` were exported from; called if a picture must be drawn.
         num_prompts: at most `MAX_GATE_PROMPTS`.
-    Raises: BundleError for pictures that would judge nothing (NaN,
-        uniform, saturated); ExportError, BuildError if the checkpoint cannot be loaded or the cache not be written.
+    Raises: BundleError for pictures that would judge nothing (NaN, uniform, saturated); ExportError, BuildError if the
+        checkpoint cannot be loaded or the cache not be written.
     """
     assert 1 <= num_prompts <= len(PROMPTS) == MAX_GATE_PROMPTS
     painter = _Painter(checkpoint, graphs, cache, report)
