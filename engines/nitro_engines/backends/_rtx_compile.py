@@ -1,6 +1,6 @@
 """One TensorRT-RTX compilation in a process of its own: `python -m nitro_engines.backends._rtx_compile JOB`.
 
-A full-size UNet takes some 17 GB while it is compiled. Only the end of a process gives all of that back, and a compiler that
+A full-size UNet takes some 15 GB while it is compiled. Only the end of a process gives all of that back, and a compiler that
 crashes or is killed for memory takes no more than this process with it.
 
 JOB is a JSON file: `onnx` and `plan` (paths), `compute_capabilities`, `inputs` and `outputs` (the manifest's tensors), and
