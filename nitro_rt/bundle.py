@@ -6,6 +6,7 @@ manifest does not name. Nothing here needs a backend, so a bundle for another ma
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from nitro_rt.errors import BundleError, ModelNotFound
+from nitro_rt.errors import BundleError, EngineMismatch, ModelNotFound
 from nitro_rt.manifest import (
     BUNDLE_FILE,
     BundleManifest,
     Engine,
     FileRef,
+    SizeEngines,
     TensorSpec,
     check_file,
     from_json,
@@ -64,18 +66,67 @@ class Bundle:
 
     @property
     def latent_CHW(self) -> tuple[int, int, int]:
-        _, channels, height, width = self.manifest.decode.inputs[0].shape
+        """Of the first size."""
+        return self.latent_CHW_at(self.manifest.sizes_px[0])
+
+    def latent_CHW_at(self, size_px: int) -> tuple[int, int, int]:
+        _, channels, height, width = self.engines_at(size_px).decode.inputs[0].shape
         return channels, height, width
+
+    def engines_at(self, size_px: int) -> SizeEngines:
+        """The denoisers and the decoder of one size. Raises: EngineMismatch naming the nearest size if it was not built."""
+        manifest = self.manifest
+        if size_px == manifest.sizes_px[0]:
+            return SizeEngines(denoise=manifest.denoise, decode=manifest.decode)
+        if size_px not in manifest.more_sizes:
+            nearest = min(manifest.sizes_px, key=lambda built: abs(built - size_px))
+            built = ", ".join(map(str, manifest.sizes_px))
+            raise EngineMismatch(
+                f"{self.folder} was not built for {size_px} pixels; built: {built}; the nearest built size is {nearest}; "
+                f"use it, or build with --size {size_px}"
+            )
+        return manifest.more_sizes[size_px]
+
+    def at_size(self, size_px: int) -> Bundle:
+        """The bundle as if it held this size only: what is compared, drawn and measured is of one size.
+
+        Raises: EngineMismatch if it was not built.
+        """
+        manifest, first = self.manifest, self.manifest.sizes_px[0]
+        if manifest.sizes_px == (size_px,):
+            return self
+        engines = self.engines_at(size_px)
+        only = dataclasses.replace(
+            manifest,
+            sizes_px=(size_px,),
+            denoise=engines.denoise,
+            decode=engines.decode,
+            more_sizes={},
+            references=tuple(r for r in manifest.references if (r.size_px or first) == size_px),
+            quality_gate=tuple(r for r in manifest.quality_gate if (r.size_px or first) == size_px),
+        )
+        return dataclasses.replace(self, manifest=only)
 
     def path(self, reference: FileRef) -> Path:
         return resolve(self.folder, reference)
 
     def engines(self) -> Iterator[tuple[str, Engine]]:
-        """Every engine with its stage: `text`, `denoise/1`, ..., `decode`."""
+        """Every engine with its stage: `text`, `denoise/1`, ..., `decode`; `denoise/1@1024`, ... of further sizes."""
         yield "text", self.manifest.text
-        for num_steps, engine in sorted(self.manifest.denoise.items()):
-            yield f"denoise/{num_steps}", engine
-        yield "decode", self.manifest.decode
+        for size_px in self.manifest.sizes_px:
+            yield from self.sized_engines(size_px)
+
+    def sized_engines(self, size_px: int) -> Iterator[tuple[str, Engine]]:
+        """The engines of one size, with their stages."""
+        engines = self.engines_at(size_px)
+        for num_steps, engine in sorted(engines.denoise.items()):
+            yield self.stage("denoise", size_px, num_steps), engine
+        yield self.stage("decode", size_px), engines.decode
+
+    def stage(self, kind: str, size_px: int, num_steps: int | None = None) -> str:
+        """The name of a sized stage: `decode`, `denoise/1`; `denoise/1@1024` where that is not the first size."""
+        steps = "" if num_steps is None else f"/{num_steps}"
+        return kind + steps + ("" if size_px == self.manifest.sizes_px[0] else f"@{size_px}")
 
     def files(self) -> tuple[FileRef, ...]:
         """Every file that the manifest names, once each, in order of path."""
@@ -173,6 +224,12 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
 def _check_manifest(bundle: Bundle) -> None:
     """Refuse a manifest whose parts do not fit each other, before any engine is loaded."""
     manifest = bundle.manifest
+    more = list(manifest.more_sizes)
+    _require(
+        bundle,
+        len(set(manifest.sizes_px)) == len(manifest.sizes_px) >= 1 and sorted(manifest.sizes_px[1:]) == sorted(more),
+        f"names the sizes {list(manifest.sizes_px)} and has engines for the first and {more}",
+    )
     for reference in bundle.files():
         bundle.path(reference)
     _require(bundle, bool(manifest.denoise), "names no denoiser")
@@ -182,23 +239,25 @@ def _check_manifest(bundle: Bundle) -> None:
         f"has denoisers for {sorted(manifest.denoise)} steps and schedules for {sorted(manifest.schedule.steps)}",
     )
     _require(bundle, len(manifest.tokenizers) == 2, f"names {len(manifest.tokenizers)} tokenizers, SDXL has 2")
-    _require(bundle, len(manifest.sizes_px) == 1, f"names the sizes {list(manifest.sizes_px)}, not exactly one")
+    for size_px, engines in manifest.more_sizes.items():
+        fits = set(engines.denoise) == set(manifest.denoise)
+        _require(bundle, fits, f"has other step counts at {size_px} pixels than at {manifest.sizes_px[0]}")
     for stage, engine in bundle.engines():
-        kind = stage.partition("/")[0]
+        kind = stage.partition("/")[0].partition("@")[0]
         _require(bundle, bool(engine.files), f"names no file for {stage}")
         _require(bundle, engine.backend == bundle.backend, f"mixes the backends {engine.backend!r} and {bundle.backend!r}")
         inputs, outputs = names(engine.inputs), names(engine.outputs)
         _require(bundle, inputs == STAGE_INPUTS[kind], f"has {stage} with inputs {inputs}, expected {STAGE_INPUTS[kind]}")
         _require(bundle, outputs == STAGE_OUTPUTS[kind], f"has {stage} with outputs {outputs}, expected {STAGE_OUTPUTS[kind]}")
-        _check_shapes(bundle, stage, engine)
+        size_px = int(stage.partition("@")[2] or manifest.sizes_px[0])
+        _check_shapes(bundle, stage, engine, size_px)
 
 
-def _check_shapes(bundle: Bundle, stage: str, engine: Engine) -> None:
+def _check_shapes(bundle: Bundle, stage: str, engine: Engine, size: int) -> None:
     """Every tensor has the batch and size that the manifest promises, and the type of the contract."""
     manifest = bundle.manifest
-    decode_input = manifest.decode.inputs[0].shape
+    decode_input = bundle.engines_at(size).decode.inputs[0].shape
     _require(bundle, len(decode_input) == 4 and decode_input[1] == LATENT_CHANNELS, f"has latents of shape {decode_input}")
-    size = manifest.sizes_px[0]
     length = manifest.tokenizers[0].max_length
     _require(bundle, manifest.tokenizers[1].max_length == length, "has tokenizers of different lengths")
     latents = ("float32", decode_input)

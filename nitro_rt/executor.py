@@ -26,7 +26,7 @@ class Drawing:
 
 
 class Executor(Protocol):
-    """Runs the three stages. Not thread-safe: the pipeline holds a lock."""
+    """Runs the three stages. One thread opens, uses and closes it: the pipeline's worker."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -34,14 +34,15 @@ class Executor(Protocol):
 
     @property
     def compute_dtypes(self) -> dict[str, str]:
-        """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine."""
+        """Loaded stage (`text`, `denoise/1`, `decode`, as `Bundle.stage` names them) -> what it computes in on this machine."""
 
-    def prepare(self, num_steps: int) -> bool:
-        """Load what `num_steps` steps need; False where it is loaded already."""
+    def prepare(self, num_steps: int, size_px: int) -> bool:
+        """Load what `num_steps` steps at this size need; False where it is loaded already."""
 
     def draw(
         self,
         num_steps: int,
+        size_px: int,
         input_ids_BT: NDArray[np.int64],
         input_ids_2_BT: NDArray[np.int64],
         noise_NBCHW: NDArray[np.float32],

@@ -1,4 +1,4 @@
-"""Runs a bundle over NumPy arrays: one session per stage, all on one set of buffers that is allocated once."""
+"""Runs a bundle over NumPy arrays: one session per stage, all on one set of buffers per size that is allocated once."""
 
 from __future__ import annotations
 
@@ -16,25 +16,21 @@ from nitro_rt.session import Array, Session, SessionFactory
 
 
 class HostExecutor:
-    """Text, denoiser and decoder on a host backend.
+    """Text, denoisers and decoders on a host backend.
 
-    It owns the buffers between the stages; what `draw` returns is a copy. Denoisers are loaded when their step count is
-    first prepared, so a bundle of several step counts takes the memory of those that are used.
+    It owns the buffers between the stages; what `draw` returns is a copy. Decoders and denoisers are loaded when their size
+    and step count are first prepared, so a bundle of several takes the memory of those that are used.
     """
 
     def __init__(self, bundle: Bundle, open_session: SessionFactory) -> None:
         self._bundle, self._open_session = bundle, open_session
         self._sessions = ExitStack()
-        self._denoisers: dict[int, Session] = {}
+        self._sized: dict[int, _Sized] = {}
         self._notes: list[str] = []
         self._compute_dtypes: dict[str, str] = {}
-        manifest = bundle.manifest
-        # The same name is the same tensor in every stage, but for the decoder, which reads where the denoiser wrote.
-        self._buffers = _allocate(manifest.text, manifest.denoise[bundle.built_steps[0]], manifest.decode)
+        self._text_buffers = _allocate(bundle.manifest.text)
         try:
-            self._text = self._open("text", manifest.text, self._buffers)
-            images, latents = self._buffers["images"], self._buffers["next_latents"]
-            self._decode = self._open("decode", manifest.decode, {"latents": latents, "images": images})
+            self._text = self._open("text", bundle.manifest.text, self._text_buffers)
         except BaseException:
             self.close()
             raise
@@ -47,49 +43,46 @@ class HostExecutor:
     def compute_dtypes(self) -> dict[str, str]:
         return dict(self._compute_dtypes)
 
-    def prepare(self, num_steps: int) -> bool:
-        if num_steps in self._denoisers:
+    def prepare(self, num_steps: int, size_px: int) -> bool:
+        engines, sized = self._bundle.engines_at(size_px), self._sized.get(size_px)
+        if sized is not None and num_steps in sized.denoisers:
             return False
-        engine = self._bundle.manifest.denoise[num_steps]
-        self._denoisers[num_steps] = self._open(f"denoise/{num_steps}", engine, self._buffers)
+        if sized is None:
+            # The same name is the same tensor in every stage, but for the decoder, which reads where the denoiser wrote.
+            buffers = _allocate(engines.denoise[num_steps], engines.decode) | self._text_buffers
+            images, latents = buffers["images"], buffers["next_latents"]
+            stage = self._bundle.stage("decode", size_px)
+            decode = self._open(stage, engines.decode, {"latents": latents, "images": images})
+            sized = self._sized[size_px] = _Sized(buffers, decode)
+        stage = self._bundle.stage("denoise", size_px, num_steps)
+        sized.denoisers[num_steps] = self._open(stage, engines.denoise[num_steps], sized.buffers)
         return True
 
     def draw(
         self,
         num_steps: int,
+        size_px: int,
         input_ids_BT: NDArray[np.int64],
         input_ids_2_BT: NDArray[np.int64],
         noise_NBCHW: NDArray[np.float32],
     ) -> Drawing:
         timings_ms: dict[str, float] = {}
-        buffers = self._buffers
-        buffers["input_ids"][:] = input_ids_BT
-        buffers["input_ids_2"][:] = input_ids_2_BT
+        sized = self._sized[size_px]
+        self._text_buffers["input_ids"][:] = input_ids_BT
+        self._text_buffers["input_ids_2"][:] = input_ids_2_BT
         with _timed(timings_ms, "text"):
             self._text.execute()
         with _timed(timings_ms, "denoise"):
-            self._run_steps(num_steps, noise_NBCHW)
+            sized.run_steps(num_steps, noise_NBCHW)
         with _timed(timings_ms, "decode"):
-            self._decode.execute()
-        finite = bool(np.isfinite(buffers["next_latents"]).all())
-        return Drawing(images_BHWC=buffers["images"].copy(), timings_ms=timings_ms, finite=finite)
+            sized.decode.execute()
+        finite = bool(np.isfinite(sized.buffers["next_latents"]).all())
+        return Drawing(images_BHWC=sized.buffers["images"].copy(), timings_ms=timings_ms, finite=finite)
 
     def close(self) -> None:
-        self._denoisers.clear()
         self._sessions.close()
-        self._buffers = {}
-
-    def _run_steps(self, num_steps: int, noise_NBCHW: NDArray[np.float32]) -> None:
-        denoiser = self._denoisers[num_steps]
-        buffers = self._buffers
-        buffers["latents"][:] = noise_NBCHW[0]
-        for step in range(num_steps):
-            is_last = step == num_steps - 1
-            buffers["step_index"][0] = step
-            buffers["noise"][:] = 0 if is_last else noise_NBCHW[step + 1]
-            denoiser.execute()
-            if not is_last:
-                buffers["latents"][:] = buffers["next_latents"]
+        self._sized.clear()
+        self._text_buffers = {}
 
     def _open(self, stage: str, engine: Engine, buffers: Mapping[str, Array]) -> Session:
         session = self._open_session(stage, engine, tuple(self._bundle.path(reference) for reference in engine.files))
@@ -102,6 +95,25 @@ class HostExecutor:
                 f"{session.compute_dtype}, so images differ slightly from the building machine's"
             )
         return session
+
+
+class _Sized:
+    """What one size has for itself: its buffers, its decoder and its denoisers."""
+
+    def __init__(self, buffers: dict[str, Array], decode: Session) -> None:
+        self.buffers, self.decode = buffers, decode
+        self.denoisers: dict[int, Session] = {}
+
+    def run_steps(self, num_steps: int, noise_NBCHW: NDArray[np.float32]) -> None:
+        denoiser, buffers = self.denoisers[num_steps], self.buffers
+        buffers["latents"][:] = noise_NBCHW[0]
+        for step in range(num_steps):
+            is_last = step == num_steps - 1
+            buffers["step_index"][0] = step
+            buffers["noise"][:] = 0 if is_last else noise_NBCHW[step + 1]
+            denoiser.execute()
+            if not is_last:
+                buffers["latents"][:] = buffers["next_latents"]
 
 
 def _allocate(*engines: Engine) -> dict[str, Array]:

@@ -142,6 +142,15 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SizeEngines:
+    """The engines of one image size. `text` knows no size and is shared."""
+
+    denoise: dict[int, Engine]
+    """By number of steps."""
+    decode: Engine
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What the bundle needs."""
 
@@ -160,6 +169,8 @@ class Reference:
     steps: int
     file: FileRef
     """A PNG."""
+    size_px: int = 0
+    """Edge in pixels; 0 stands for the bundle's first size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +211,7 @@ class BundleManifest:
     source: Source
     schedule: ScheduleSpec
     sizes_px: tuple[int, ...]
+    """Edges of the images that it draws, in pixels: first the size of `denoise` and `decode`, then those of `more_sizes`."""
     batch: int
     """The largest number of images per call; smaller requests are padded."""
     text: Engine
@@ -219,6 +231,8 @@ class BundleManifest:
     """How near to the references the bundle came where it was built, one result per step count."""
     speed_gate: tuple[SpeedResult, ...] = ()
     """How stages were chosen where `--precision auto` was asked for."""
+    more_sizes: dict[int, SizeEngines] = field(default_factory=dict)
+    """Edge in pixels -> engines, of every size but the first."""
     manifest_sha256: str = ""
     """Digest of this manifest without this field: see `sealed`."""
 

@@ -90,7 +90,7 @@ class Pipeline:
         """
         executor = open_executor(bundle)
         try:
-            executor.prepare(bundle.built_steps[0])
+            executor.prepare(bundle.built_steps[0], bundle.manifest.sizes_px[0])
             tokenizers = [Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers]
         except BaseException:
             executor.close()
@@ -116,7 +116,7 @@ class Pipeline:
             seed: 0 to 2**64 - 1; one for the whole call, as `torch.Generator().manual_seed(seed)` in diffusers, or one per
                 prompt. None draws a fresh one, which stands in the result.
             steps: a step count of the bundle; None takes the smallest.
-            size: edge in pixels; None takes the bundle's.
+            size: edge in pixels; None takes the bundle's first.
             negative_prompt, guidance_scale: refused. The model is distilled to run without guidance.
         Warns: PromptTruncated where a prompt is longer than the text encoder reads.
         Raises: ConfigError for a wrong argument, EngineMismatch for what the bundle was not built for.
@@ -126,9 +126,9 @@ class Pipeline:
         prompts = self._checked_prompts(prompt)
         seeds = _checked_seeds(seed, len(prompts))
         num_steps = self._checked_steps(steps)
-        self._check_size(size)
+        size_px = self._checked_size(size)
         with self._lock:
-            return self._draw(prompts, seeds, num_steps, start)
+            return self._draw(prompts, seeds, num_steps, size_px, start)
 
     @property
     def compute_dtypes(self) -> dict[str, str]:
@@ -148,7 +148,9 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _draw(self, prompts: tuple[str, ...], seeds: int | tuple[int, ...], num_steps: int, start: float) -> Result:
+    def _draw(
+        self, prompts: tuple[str, ...], seeds: int | tuple[int, ...], num_steps: int, size_px: int, start: float
+    ) -> Result:
         executor, manifest = self._executor, self.bundle.manifest
         if executor is None:
             raise NitroError(f"the pipeline of {self.bundle.folder} is closed; load it again: Pipeline.load(...)")
@@ -156,10 +158,10 @@ class Pipeline:
         clock = _Clock()
         ids_BT, ids_2_BT = (tokenizer.encode_batch(prompts, manifest.batch) for tokenizer in self._tokenizers)
         clock.lap("tokenize")
-        noise_NBCHW = draw_noise(seeds, num_steps, len(prompts), manifest.batch, self.bundle.latent_CHW)
+        noise_NBCHW = draw_noise(seeds, num_steps, len(prompts), manifest.batch, self.bundle.latent_CHW_at(size_px))
         clock.lap("noise")
-        notes += self._prepare(executor, num_steps, clock)
-        drawing = executor.draw(num_steps, ids_BT, ids_2_BT, noise_NBCHW)
+        notes += self._prepare(executor, num_steps, size_px, clock)
+        drawing = executor.draw(num_steps, size_px, ids_BT, ids_2_BT, noise_NBCHW)
         if not drawing.finite:
             raise EngineMismatch(
                 f"{self.bundle.folder} gave latents that are not finite (NaN or infinity) at {num_steps} steps: "
@@ -174,16 +176,16 @@ class Pipeline:
             prompts=prompts,
             seed=seeds,
             steps=num_steps,
-            size_px=manifest.sizes_px[0],
+            size_px=size_px,
             bundle_digest=self.bundle.digest,
             timings_ms=timings_ms,
             warnings=tuple(dict.fromkeys((*executor.notes, *notes))),
         )
 
-    def _prepare(self, executor: Executor, num_steps: int, clock: _Clock) -> list[str]:
+    def _prepare(self, executor: Executor, num_steps: int, size_px: int, clock: _Clock) -> list[str]:
         """Load the denoiser if this is its first use; returns what there is to say about it."""
         known = len(executor.notes)
-        if executor.prepare(num_steps):
+        if executor.prepare(num_steps, size_px):
             clock.lap("load")
         new = list(executor.notes[known:])
         for note in new:
@@ -238,18 +240,13 @@ class Pipeline:
             )
         return steps
 
-    def _check_size(self, size: object) -> None:
-        built = self.bundle.manifest.sizes_px
+    def _checked_size(self, size: object) -> int:
         if size is None:
-            return
+            return self.bundle.manifest.sizes_px[0]
         if isinstance(size, bool) or not isinstance(size, int):
             raise ConfigError(f"size must be a whole number of pixels, got {size!r} ({type(size).__name__})")
-        if size not in built:
-            nearest = min(built, key=lambda other: abs(other - size))
-            raise EngineMismatch(
-                f"{self.bundle.folder} was not built for {size} pixels; the nearest built size is {nearest}; "
-                f"use it, or build with --size {size}"
-            )
+        self.bundle.engines_at(size)  # refuses what was not built
+        return size
 
 
 class _Clock:

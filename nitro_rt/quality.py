@@ -95,6 +95,8 @@ class QualityResult:
     are then judged on another backend."""
     compute_dtypes: dict[str, str]
     """Stage -> what it was computed in."""
+    size_px: int = 0
+    """Edge of the images in pixels; 0 stands for the bundle's first size."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,10 +52,12 @@ def _drawings(bundle: Bundle) -> Iterator[Check]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ComputeTypeDiffers)
-            for num_steps in bundle.built_steps:
-                with Pipeline.of(with_steps(bundle, num_steps)) as pipe:
-                    yield _smoke_image(pipe, num_steps)
-                    yield _quality(pipe, num_steps)
+            for size_px in bundle.manifest.sizes_px:
+                for num_steps in bundle.built_steps:
+                    with Pipeline.of(with_steps(bundle.at_size(size_px), num_steps)) as pipe:
+                        at = f"{_steps(num_steps)}{f', {size_px} px' if len(bundle.manifest.sizes_px) > 1 else ''}"
+                        yield _smoke_image(pipe, num_steps, at)
+                        yield _quality(pipe, num_steps, at)
     except BackendUnavailable as exc:
         yield Check(name="image", status="skipped", detail=str(exc))
     except EngineMismatch as exc:
@@ -64,19 +66,19 @@ def _drawings(bundle: Bundle) -> Iterator[Check]:
         yield Check(name="image", status="skipped", detail=str(exc))
 
 
-def _smoke_image(pipe: Pipeline, num_steps: int) -> Check:
+def _smoke_image(pipe: Pipeline, num_steps: int, at: str) -> Check:
     result = pipe(SMOKE_PROMPT, seed=SMOKE_SEED, steps=num_steps)
     pixels_HWC = np.asarray(result.images[0])
     if (pixels_HWC == pixels_HWC[0, 0]).all():
         raise BundleError(
-            f"{pipe.bundle.folder} draws a uniform image at {num_steps} steps (colour {pixels_HWC[0, 0].tolist()}); "
+            f"{pipe.bundle.folder} draws a uniform image at {at} (colour {pixels_HWC[0, 0].tolist()}); "
             "its engines are broken or overflow, build again with --precision fp32"
         )
-    return _ok(f"image, {_steps(num_steps)}", f"finite, not uniform, {result.timings_ms['total']:.0f} ms")
+    return _ok(f"image, {at}", f"finite, not uniform, {result.timings_ms['total']:.0f} ms")
 
 
-def _quality(pipe: Pipeline, num_steps: int) -> Check:
-    name, bundle = f"quality, {_steps(num_steps)}", pipe.bundle
+def _quality(pipe: Pipeline, num_steps: int, at: str) -> Check:
+    name, bundle = f"quality, {at}", pipe.bundle
     if not references_at(bundle, num_steps):
         return Check(name=name, status="skipped", detail="the bundle carries no pictures of its parent to compare with")
     built, limits = result_of(bundle, num_steps), limits_here(pipe, num_steps)
@@ -85,7 +87,7 @@ def _quality(pipe: Pipeline, num_steps: int) -> Check:
     if not comparison.passes(limits):
         then = f"where it was built it had PSNR {built.psnr_db.worst:.1f} dB, SSIM {built.ssim.worst:.4f}; " if built else ""
         raise BundleError(
-            f"{bundle.folder} misses its quality limits at {_steps(num_steps)}: {sentence}; {then}"
+            f"{bundle.folder} misses its quality limits at {at}: {sentence}; {then}"
             "build it again on this machine, or with a higher --precision"
         )
     figures = {"psnr_db": asdict(comparison.psnr_db()), "ssim": asdict(comparison.ssim()), "limits": asdict(limits)}

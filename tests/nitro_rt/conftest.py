@@ -29,7 +29,7 @@ class MakeBundle(Protocol):
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """A function that writes a bundle: (folder, backend=, steps=, batch=, size_px=, shift=, compute_dtype=)."""
+    """A function that writes a bundle: (folder, backend=, steps=, batch=, size_px=, more_sizes_px=, shift=, compute_dtype=)."""
     made: dict[str, Path] = {}
 
     def make(folder: Path, **options: Any) -> Path:
@@ -69,6 +69,7 @@ def _make_bundle(
     steps: tuple[int, ...] = (1, 2),
     batch: int = 2,
     size_px: int = 32,
+    more_sizes_px: tuple[int, ...] = (),
     shift: int = 250,
     compute_dtype: str = "float32",
     options: dict[str, str] | None = None,
@@ -76,18 +77,14 @@ def _make_bundle(
 ) -> Path:
     files = folder / "files"
     files.mkdir(parents=True)
-    latents = m.TensorSpec(name="latents", dtype="float32", shape=(batch, 4, size_px // FACTOR, size_px // FACTOR))
     embeds = m.TensorSpec(name="prompt_embeds", dtype="float32", shape=(batch, LENGTH, EMBED))
     pooled = m.TensorSpec(name="pooled_prompt_embeds", dtype="float32", shape=(batch, POOLED))
     ids = m.TensorSpec(name="input_ids", dtype="int64", shape=(batch, LENGTH))
     step_index = m.TensorSpec(name="step_index", dtype="int64", shape=(1,))
-    images = m.TensorSpec(name="images", dtype="uint8", shape=(batch, size_px, size_px, 3))
     schedules = {n: step_schedule(n, shift, alphas_cumprod_from_config({})) for n in steps}
     engine = partial(
         m.Engine, backend=backend, precision="fp32", compute_dtype=compute_dtype, key="k" * 64, options=options or {}
     )
-    denoise_inputs = (latents, embeds, pooled, step_index, replace(latents, name="noise"))
-    next_latents = replace(latents, name="next_latents")
 
     def compiled(
         kind: str, inputs: tuple[m.TensorSpec, ...], outputs: tuple[m.TensorSpec, ...], schedule: Any = None
@@ -97,8 +94,16 @@ def _make_bundle(
         return engine(files=write(files, kind, inputs, outputs, schedule), inputs=inputs, outputs=outputs)
 
     text = compiled("text", (ids, replace(ids, name="input_ids_2")), (embeds, pooled))
-    denoise = {n: compiled("denoise", denoise_inputs, (next_latents,), schedules[n]) for n in steps}
-    decode = compiled("decode", (latents,), (images,))
+
+    def sized(edge: int) -> m.SizeEngines:
+        latents = m.TensorSpec(name="latents", dtype="float32", shape=(batch, 4, edge // FACTOR, edge // FACTOR))
+        images = m.TensorSpec(name="images", dtype="uint8", shape=(batch, edge, edge, 3))
+        inputs = (latents, embeds, pooled, step_index, replace(latents, name="noise"))
+        outputs = (replace(latents, name="next_latents"),)
+        denoise = {n: compiled("denoise", inputs, outputs, schedules[n]) for n in steps}
+        return m.SizeEngines(denoise=denoise, decode=compiled("decode", (latents,), (images,)))
+
+    first = sized(size_px)
     manifest = m.BundleManifest(
         schema_version=m.SCHEMA_VERSION,
         name="tiny",
@@ -106,11 +111,12 @@ def _make_bundle(
         engine_key_fields={"name": "tíny", "backend": backend},
         source=m.Source(name="tiny", checkpoint_sha256="c" * 64, licence="none", origin="tiny"),
         schedule=m.ScheduleSpec(shift=shift, steps=schedules),
-        sizes_px=(size_px,),
+        sizes_px=(size_px, *more_sizes_px),
         batch=batch,
         text=text,
-        denoise=denoise,
-        decode=decode,
+        denoise=first.denoise,
+        decode=first.decode,
+        more_sizes={edge: sized(edge) for edge in more_sizes_px},
         tokenizers=(_tokenizer(files, pad_id=1), _tokenizer(files, pad_id=0)),
         target=target or {"device": "cpu"},
         toolchain={"numpy": np.__version__},

@@ -80,7 +80,11 @@ MANIFEST_EDITS = {
     "no denoiser": (lambda data: data["denoise"].clear(), "names no denoiser"),
     "steps without schedule": (lambda data: data["schedule"]["steps"].pop("2"), "schedules for \\[1\\]"),
     "one tokenizer": (lambda data: data["tokenizers"].pop(), "names 1 tokenizers, SDXL has 2"),
-    "two sizes": (_set("sizes_px", to=[32, 64]), "not exactly one"),
+    "a size without engines": (
+        _set("sizes_px", to=[32, 64]),
+        "names the sizes \\[32, 64\\] and has engines for the first and \\[\\]",
+    ),
+    "no size": (_set("sizes_px", to=[]), "names the sizes \\[\\]"),
     "no files": (_set("decode", "files", to=[]), "names no file for decode"),
     "mixed backends": (_set("text", "backend", to="openvino"), "mixes the backends"),
     "renamed input": (_set("decode", "inputs", 0, "name", to="z"), "has decode with inputs"),

@@ -258,3 +258,15 @@ def test_host_backends_draw_what_the_reference_draws(backend: str, pipe: Pipelin
                 assert len(found) == len(expected) == len(prompts)
                 for left, right in zip(found, expected, strict=True):
                     np.testing.assert_allclose(left.astype(int), right.astype(int), atol=1)
+
+
+def test_several_sizes_in_one_bundle(make_bundle: Any, tmp_path: Path) -> None:
+    both = make_bundle(tmp_path / "both", size_px=32, more_sizes_px=(64,))
+    alone = make_bundle(tmp_path / "alone", size_px=64)
+    with Pipeline.load(both) as pipe, Pipeline.load(alone) as single:
+        assert pipe("a dog", seed=7).images[0].size == (32, 32)
+        for steps in (1, 2):
+            large, expected = pipe("a dog", seed=7, steps=steps, size=64), single("a dog", seed=7, steps=steps)
+            assert large.size_px == 64 and large.images[0].tobytes() == expected.images[0].tobytes()
+        with pytest.raises(EngineMismatch, match="not built for 96 pixels; built: 32, 64; the nearest built size is 64"):
+            pipe("a dog", size=96)

@@ -91,7 +91,7 @@ def test_a_whole_bundle_passes(backend: str, make_bundle: Any, tmp_path: Path) -
 
 def test_a_uniform_image_fails(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nitro_rt.reference_session.ReferenceSession._decode", lambda self: self._buffers["images"].fill(0))
-    with pytest.raises(BundleError, match="uniform image at 1 steps"):
+    with pytest.raises(BundleError, match="uniform image at 1 step"):
         list(verify_bundle(bundle_folder))
 
 

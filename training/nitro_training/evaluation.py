@@ -328,11 +328,11 @@ def draw_with_bundle(
 
     Raises: BackendUnavailable, EngineMismatch if its engines do not run here.
     """
-    manifest, size = bundle.manifest, bundle.manifest.batch
+    manifest, size, size_px = bundle.manifest, bundle.manifest.batch, bundle.manifest.sizes_px[0]
     tokenizers = [Tokenizer(bundle.path(spec.file), spec) for spec in manifest.tokenizers]
     images = []
     with closing(open_executor(with_steps(bundle, num_steps))) as executor:
-        executor.prepare(num_steps)
+        executor.prepare(num_steps, size_px)
         for first, noise_NBCHW in _noise(len(prompts), num_steps, bundle.latent_CHW, seed):
             for start in range(0, noise_NBCHW.shape[1], size):
                 part_NBCHW = noise_NBCHW[:, start : start + size]
@@ -341,7 +341,7 @@ def draw_with_bundle(
                 padded_NBCHW[:, :count] = part_NBCHW
                 texts = [prompt.text for prompt in prompts[first + start : first + start + count]]
                 ids_BT, ids_2_BT = (tokenizer.encode_batch(texts, size) for tokenizer in tokenizers)
-                drawing = executor.draw(num_steps, ids_BT, ids_2_BT, padded_NBCHW)
+                drawing = executor.draw(num_steps, size_px, ids_BT, ids_2_BT, padded_NBCHW)
                 if not drawing.finite:
                     raise EngineMismatch(f"{bundle.folder} gave latents that are not finite at {num_steps} steps")
                 images.append(drawing.images_BHWC[:count])
