@@ -1,0 +1,150 @@
+"""Simulated plan files, and bundles of them made from bundles of ONNX graphs.
+
+A plan is a line of magic, a line of JSON (`PlanHeader`) and the graph, whole, as ONNX. In a stripped plan the float weights of
+the graph are gone; they come back through a refitter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from nitro_rt import manifest as m
+
+MAGIC = b"NITRO-RT SIMULATED PLAN\n"
+VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "11.4.0.0"}
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+"""What can be refitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanHeader:
+    """What a runtime looks at before it loads."""
+
+    backend: str = "tensorrt-rtx"
+    version: str
+    compute_capabilities: tuple[str, ...]
+    """8.9 and the like."""
+    scratch_bytes: int
+    """Device memory that an execution needs for itself."""
+    refittable: bool
+    stripped: bool
+    duration_ms: float
+    """What an execution takes on the device's clock."""
+    min_driver_version: int
+    graph_bytes: int
+    graph_sha256: str
+
+
+class BadPlan(Exception):
+    """Not a plan, or one that was cut or changed."""
+
+
+def write_plan(
+    graph: Path | bytes,
+    *,
+    backend: str = "tensorrt-rtx",
+    version: str | None = None,
+    compute_capabilities: tuple[str, ...] = ("8.9",),
+    scratch_bytes: int = 4096,
+    refittable: bool = False,
+    stripped: bool = False,
+    duration_ms: float = 1.0,
+    min_driver_version: int = 13000,
+) -> bytes:
+    """A plan that runs an ONNX graph, whose external weights it takes in."""
+    model = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
+    if stripped:
+        for tensor in model.graph.initializer:
+            if tensor.data_type in FLOATS:
+                _strip(tensor)
+    content = model.SerializeToString(deterministic=True)
+    header = PlanHeader(
+        backend=backend,
+        version=version or VERSIONS[backend],
+        compute_capabilities=compute_capabilities,
+        scratch_bytes=scratch_bytes,
+        refittable=refittable or stripped,
+        stripped=stripped,
+        duration_ms=duration_ms,
+        min_driver_version=min_driver_version,
+        graph_bytes=len(content),
+        graph_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return MAGIC + json.dumps(dataclasses.asdict(header), sort_keys=True).encode() + b"\n" + content
+
+
+def read_plan(content: bytes) -> tuple[PlanHeader, bytes]:
+    """The header and the graph. Raises: BadPlan."""
+    if not content.startswith(MAGIC):
+        raise BadPlan("no simulated plan")
+    line, separator, graph = content[len(MAGIC) :].partition(b"\n")
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        header = PlanHeader(**{**fields, "compute_capabilities": tuple(fields["compute_capabilities"])})
+    except (ValueError, TypeError, KeyError) as exc:
+        raise BadPlan(f"its header is damaged: {exc}") from exc
+    if not separator or len(graph) != header.graph_bytes or hashlib.sha256(graph).hexdigest() != header.graph_sha256:
+        raise BadPlan("its graph was cut or changed")
+    return header, graph
+
+
+def device_bundle(
+    source: Path, out: Path, *, backend: str = "tensorrt-rtx", targets: str = "sm89", stripped: bool = False, **plan: Any
+) -> Path:
+    """A bundle of simulated plans, made from a bundle whose engines are ONNX graphs.
+
+    Args:
+        targets: `sm89`, or several with spaces between.
+        stripped: the denoisers are stripped plans, each followed by its graph with the weights in its files.
+        plan: passed on to `write_plan`.
+    """
+    manifest = m.from_json(m.BundleManifest, (source / m.BUNDLE_FILE).read_text(encoding="utf-8"), where=str(source))
+    files = out / "files"
+    files.mkdir(parents=True)
+    capabilities = tuple(f"{name[2:-1]}.{name[-1]}" for name in targets.split())
+
+    def as_plan(engine: m.Engine, is_stripped: bool = False) -> m.Engine:
+        graph = onnx.load(source / engine.files[0].path)
+        content = graph.SerializeToString(deterministic=True)
+        written = write_plan(content, backend=backend, compute_capabilities=capabilities, stripped=is_stripped, **plan)
+        stored = [_store(files, written, ".plan")]
+        if is_stripped:
+            stored.append(_store(files, content, ".onnx"))
+        return dataclasses.replace(engine, backend=backend, files=tuple(stored), options={})
+
+    for reference in (*(spec.file for spec in manifest.tokenizers), *(picture.file for picture in manifest.references)):
+        (out / reference.path).write_bytes((source / reference.path).read_bytes())
+    fields = manifest.engine_key_fields | {"backend": backend, "targets": targets}
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    made = dataclasses.replace(
+        manifest,
+        text=as_plan(manifest.text),
+        denoise={steps: as_plan(engine, stripped) for steps, engine in manifest.denoise.items()},
+        decode=as_plan(manifest.decode),
+        engine_key_fields=fields,
+        engine_key=hashlib.sha256(canonical.encode()).hexdigest(),
+        target={"device": "cuda", "targets": targets, "compute_capabilities": " ".join(capabilities)},
+        toolchain=manifest.toolchain | {backend: VERSIONS[backend]},
+    )
+    (out / m.BUNDLE_FILE).write_text(m.to_json(m.sealed(made)), encoding="utf-8")
+    return out
+
+
+def _store(files: Path, content: bytes, suffix: str) -> m.FileRef:
+    digest = hashlib.sha256(content).hexdigest()
+    (files / f"{digest}{suffix}").write_bytes(content)
+    return m.FileRef(path=f"files/{digest}{suffix}", sha256=digest, num_bytes=len(content))
+
+
+def _strip(tensor: onnx.TensorProto) -> None:
+    assert not uses_external_data(tensor)
+    for field in ("raw_data", "float_data", "int32_data"):
+        tensor.ClearField(field)
