@@ -6,13 +6,18 @@ import importlib
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import platformdirs
 
-from nitro_rt.device import Driver, find_driver
+from nitro_rt import reasons
+from nitro_rt.device import RTX_TARGETS, RUNTIMES, Driver, find_driver
+from nitro_rt.diagnosis import import_error, is_older, missing_library
+from nitro_rt.providers import PROVIDERS, missing_provider
+from nitro_rt.reasons import CUDA_MAJOR, Reason
 
 PACKAGES = (
     "nitro-rt",
@@ -21,6 +26,7 @@ PACKAGES = (
     "tokenizers",
     "openvino",
     "onnxruntime",
+    "onnxruntime-gpu",
     "tensorrt-cu13",
     "tensorrt-rtx-cu13",
     "cuda-core",
@@ -32,11 +38,14 @@ PACKAGES = (
     "onnx",
     "onnxscript",
 )
-BACKEND_MODULES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "filelock")
-BUILDABLE = ("openvino", "onnxruntime", "tensorrt-rtx")
-RUNNABLE = ("openvino", "onnxruntime")
+BACKENDS: dict[str, str | None] = {
+    "openvino": None,
+    "onnxruntime": "cpu",
+    **{f"onnxruntime --provider {name}": name for name in PROVIDERS if name != "cpu"},
+    **dict.fromkeys(RUNTIMES),
+}
+"""What `doctor` lists -> ONNX Runtime's provider, None for the other backends."""
 CPU_FEATURES = (
     "avx2",
     "avx512f",
@@ -73,30 +82,40 @@ class Examination:
     system: str
     versions: dict[str, str | None]
     """Package -> version, None where it is not installed."""
+    providers: tuple[str, ...]
+    """What this ONNX Runtime was built with; empty where it is not installed."""
     cpu: Cpu
     driver: Driver
     cache: Path
     builds: dict[str, str]
-    """Backend -> `yes`, or what is missing."""
+    """By BACKENDS: `yes`, or `no: ` with the first reason and what mends it."""
     runs: dict[str, str]
-    """Backend -> `yes`, or why not."""
 
 
 def examine() -> Examination:
     """Look at this machine. Backends are imported to see that they are, which takes about a second."""
-    versions = {name: _version(name) for name in PACKAGES}
-    imported = {backend: _import_error(module) for backend, module in BACKEND_MODULES.items()}
-    driver = find_driver()
+    driver, providers = find_driver(), find_providers()
     return Examination(
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        versions=versions,
+        versions={name: _version(name) for name in PACKAGES},
+        providers=providers,
         cpu=find_cpu(),
         driver=driver,
         cache=cache_folder(),
-        builds={backend: _builds(backend, imported[backend]) for backend in BACKEND_MODULES},
-        runs={backend: _runs(backend, imported[backend], driver) for backend in BACKEND_MODULES},
+        builds={listed: _answer(_against_building(listed.split()[0], driver)) for listed in BACKENDS},
+        runs={
+            listed: _answer(_against_running(listed.split()[0], provider, driver, providers))
+            for listed, provider in BACKENDS.items()
+        },
     )
+
+
+def find_providers() -> tuple[str, ...]:
+    """The execution providers that the installed ONNX Runtime was built with; none where it cannot be imported."""
+    if import_error("onnxruntime") is not None:
+        return ()
+    return tuple(importlib.import_module("onnxruntime").get_available_providers())
 
 
 def find_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
@@ -127,31 +146,54 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _import_error(module: str) -> str | None:
-    """Why `module` cannot be imported; None if it can."""
-    try:
-        importlib.import_module(module)
-    except ImportError as exc:
-        return str(exc)
-    except Exception as exc:  # a broken native library may raise anything
-        return repr(exc)
-    return None
+def _answer(against: Iterator[Reason | str]) -> str:
+    """The first thing in the way; what would come after it is not looked at."""
+    first = next(against, None)
+    return "yes" if first is None else f"no: {first}"
 
 
-def _builds(backend: str, import_error: str | None) -> str:
-    if backend not in BUILDABLE:
-        return "no: not built by this version"
-    lacking = [name for name in EXPORT_PACKAGES if _version(name) is None]
+def _against_building(backend: str, driver: Driver) -> Iterator[Reason | str]:
+    lacking = [package for package in EXPORT_PACKAGES if _version(package) is None]
     if lacking:
-        return f"no: {', '.join(lacking)} not installed; pip install 'nitro-rt[export]'"
-    if import_error:
-        return f"no: {import_error}; pip install 'nitro-rt[{EXTRAS[backend]}]'"
-    return "yes"
+        yield f"{', '.join(lacking)} not installed; pip install 'nitro-rt[export]'"
+    if backend == "tensorrt" and driver.reason:
+        elsewhere = "build on the machine with the GPU, or with --backend tensorrt-rtx --target sm89, which needs none"
+        yield f"TensorRT compiles for the GPU that it finds, and here is {driver.reason}; {elsewhere}"
+    if backend in RUNTIMES:
+        yield from _missing_modules(backend, RUNTIMES[backend], "polygraphy")
+    else:
+        # What ONNX Runtime runs is the graph itself, so any wheel of it builds for all of its providers.
+        yield from _missing_modules("cpu", backend)
 
 
-def _runs(backend: str, import_error: str | None, driver: Driver) -> str:
-    if backend not in RUNNABLE:
-        return f"no: {driver.reason}" if driver.reason else "no: not run by this version yet"
-    if import_error:
-        return f"no: {import_error}; pip install 'nitro-rt[{EXTRAS[backend]}]'"
-    return "yes"
+def _against_running(backend: str, provider: str | None, driver: Driver, providers: tuple[str, ...]) -> Iterator[Reason | str]:
+    if backend in RUNTIMES or provider in ("cuda", "tensorrt"):
+        yield from _against_gpu(backend, driver)
+    if backend in RUNTIMES:
+        lacking = missing_library(backend)
+        if lacking is not None:
+            yield lacking
+        return
+    yield from _missing_modules("cuda" if provider in ("cuda", "tensorrt") else "cpu", backend)
+    missing = missing_provider(PROVIDERS[provider], providers) if provider else None
+    if missing is not None:
+        yield missing
+    if provider == "tensorrt":
+        yield from _missing_modules("tensorrt", "tensorrt")
+
+
+def _against_gpu(backend: str, driver: Driver) -> Iterator[Reason]:
+    if driver.reason:
+        yield reasons.no_gpu(driver)
+    if backend == "tensorrt-rtx" and not {gpu.target for gpu in driver.gpus} & set(RTX_TARGETS):
+        yield reasons.no_rtx_gpu(driver.gpus)
+    needed = f"{CUDA_MAJOR}.0"
+    if is_older(driver.cuda_version, needed):
+        yield reasons.old_driver(driver, needed)
+
+
+def _missing_modules(extra: str, *modules: str) -> Iterator[str]:
+    for module in modules:
+        why = import_error(module)
+        if why is not None:
+            yield f"{module} cannot be imported ({why}); {reasons.install(extra)}"

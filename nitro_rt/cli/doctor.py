@@ -28,15 +28,23 @@ def command(as_json: bool) -> None:
 
 
 def _facts(found: Examination) -> Iterator[tuple[str, object]]:
+    from nitro_rt.reasons import gib
+
     yield "python", found.python
     yield "system", found.system
     yield "cpu", f"{found.cpu.name}, {found.cpu.num_cores} cores, {' '.join(found.cpu.features) or 'no known features'}"
-    yield "gpu", ", ".join(f"{gpu.name} ({gpu.target})" for gpu in found.driver.gpus) or f"none: {found.driver.reason}"
-    if found.driver.cuda_version:
-        yield "driver", f"runs CUDA {found.driver.cuda_version}"
+    driver = found.driver
+    if driver.cuda_version:
+        yield "driver", f"NVIDIA {driver.version or 'of unknown version'}, runs CUDA {driver.cuda_version}"
+    for gpu in driver.gpus:
+        free = "" if gpu.free_bytes is None else f", {gib(gpu.free_bytes)} free"
+        yield f"gpu {gpu.ordinal}", f"{gpu}, {gib(gpu.memory_bytes)}{free}"
+    if not driver.gpus:
+        yield "gpu", f"none: {driver.reason}"
     yield "cache", found.cache
     for package, version in found.versions.items():
         yield package, version or "not installed"
+    yield "providers", ", ".join(found.providers) or "none: no ONNX Runtime"
     for backend, answer in found.builds.items():
         yield f"build {backend}", answer
     for backend, answer in found.runs.items():
