@@ -204,7 +204,7 @@ class Buffer:
         memory = self._simulation.memory
 
         def run(operation: Operation) -> None:
-            memory.write(target, memory.read(source, operation))
+            memory.write(target, memory.read(source, operation, is_copy=True))
 
         kind = f"copy {src._allocation.kind} to {self._allocation.kind}"
         work = Work(kind, call_site(), run, (source, target), duration_ms=self.size / BYTES_PER_MS)

@@ -186,15 +186,18 @@ class Memory:
 
     # --- content ----------------------------------------------------------------------------------------------------------
 
-    def read(self, access: Access, reader: object) -> Bytes:
-        """A copy. Poison where there is nothing, which was reported when the access was noted."""
+    def read(self, access: Access, reader: object, *, is_copy: bool = False) -> Bytes:
+        """A copy. Poison where there is nothing, which was reported when the access was noted.
+
+        Args: is_copy: what lies between tensors may be empty: only an aligned chunk without a single written byte is reported.
+        """
         allocation, place = self._resolve(access)
         if allocation is None:
             content = np.empty(access.num_bytes, np.uint8)
             fill_with_poison(content)
             return content
-        if allocation.is_written is not None and not allocation.is_written[place].all():
-            missing = int((~allocation.is_written[place]).sum())
+        missing = 0 if allocation.is_written is None else _num_unwritten(allocation.is_written[place], is_copy)
+        if missing:
             self._simulation.report(
                 "unwritten", f"{reader} reads {_range(access)} of {_block(allocation)}; {missing} bytes of it hold nothing"
             )
@@ -222,6 +225,15 @@ class Memory:
             return None, slice(0)
         start = access.address - allocation.address
         return allocation, slice(start, start + access.num_bytes)
+
+
+def _num_unwritten(is_written: NDArray[np.bool_], is_copy: bool) -> int:
+    if is_written.all():
+        return 0
+    if not is_copy:
+        return int((~is_written).sum())
+    chunks = np.split(is_written, range(ALIGNMENT, is_written.size, ALIGNMENT))
+    return sum(chunk.size for chunk in chunks if not chunk.any())
 
 
 def _range(access: Access) -> str:

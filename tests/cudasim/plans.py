@@ -1,7 +1,7 @@
 """Simulated plan files, and bundles of them made from bundles of ONNX graphs.
 
-A plan is a line of magic, a line of JSON (`PlanHeader`) and the graph, whole, as ONNX. In a stripped plan the float weights of
-the graph are gone; they come back through a refitter.
+A plan is `HEADER_BYTES` of header (a line of magic, a line of JSON, spaces) and the graph, whole, as ONNX. In a stripped plan
+the float weights of the graph are gone; they come back through a refitter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx.external_data_helper import uses_external_data
 from nitro_rt import manifest as m
 
 MAGIC = b"NITRO-RT SIMULATED PLAN\n"
+HEADER_BYTES = 1024
 VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "11.4.0.0"}
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 """What can be refitted."""
@@ -78,22 +79,28 @@ def write_plan(
         graph_bytes=len(content),
         graph_sha256=hashlib.sha256(content).hexdigest(),
     )
-    return MAGIC + json.dumps(dataclasses.asdict(header), sort_keys=True).encode() + b"\n" + content
+    written = MAGIC + json.dumps(dataclasses.asdict(header), sort_keys=True).encode()
+    assert len(written) <= HEADER_BYTES, "too many compute capabilities"
+    return written.ljust(HEADER_BYTES) + content
 
 
-def read_plan(content: bytes) -> tuple[PlanHeader, bytes]:
-    """The header and the graph. Raises: BadPlan."""
+def read_header(content: bytes) -> PlanHeader:
+    """From the first `HEADER_BYTES` of a plan. Raises: BadPlan."""
     if not content.startswith(MAGIC):
         raise BadPlan("no simulated plan")
-    line, separator, graph = content[len(MAGIC) :].partition(b"\n")
     try:
-        fields: dict[str, Any] = json.loads(line)
-        header = PlanHeader(**{**fields, "compute_capabilities": tuple(fields["compute_capabilities"])})
+        fields: dict[str, Any] = json.loads(content[len(MAGIC) : HEADER_BYTES])
+        return PlanHeader(**{**fields, "compute_capabilities": tuple(fields["compute_capabilities"])})
     except (ValueError, TypeError, KeyError) as exc:
         raise BadPlan(f"its header is damaged: {exc}") from exc
-    if not separator or len(graph) != header.graph_bytes or hashlib.sha256(graph).hexdigest() != header.graph_sha256:
+
+
+def read_graph(header: PlanHeader, content: bytes) -> bytes:
+    """The graph behind the header. Raises: BadPlan."""
+    graph = content[HEADER_BYTES:]
+    if len(graph) != header.graph_bytes or hashlib.sha256(graph).hexdigest() != header.graph_sha256:
         raise BadPlan("its graph was cut or changed")
-    return header, graph
+    return graph
 
 
 def device_bundle(
@@ -103,7 +110,7 @@ def device_bundle(
 
     Args:
         targets: `sm89`, or several with spaces between.
-        stripped: the denoisers are stripped plans, each followed by its graph with the weights in its files.
+        stripped: the denoisers are stripped plans, with the graph that holds their weights beside them (`weights: refit`).
         plan: passed on to `write_plan`.
     """
     manifest = m.from_json(m.BundleManifest, (source / m.BUNDLE_FILE).read_text(encoding="utf-8"), where=str(source))
@@ -118,7 +125,12 @@ def device_bundle(
         stored = [_store(files, written, ".plan")]
         if is_stripped:
             stored.append(_store(files, content, ".onnx"))
-        return dataclasses.replace(engine, backend=backend, files=tuple(stored), options={})
+        options = {"weights": "refit"} if is_stripped else {}
+        return dataclasses.replace(engine, backend=backend, files=tuple(stored), options=options)
+
+    def as_plans(engines: m.BundleManifest | m.SizeEngines) -> dict[str, Any]:
+        denoise = {steps: as_plan(engine, stripped) for steps, engine in engines.denoise.items()}
+        return {"denoise": denoise, "decode": as_plan(engines.decode)}
 
     for reference in (*(spec.file for spec in manifest.tokenizers), *(picture.file for picture in manifest.references)):
         (out / reference.path).write_bytes((source / reference.path).read_bytes())
@@ -127,8 +139,8 @@ def device_bundle(
     made = dataclasses.replace(
         manifest,
         text=as_plan(manifest.text),
-        denoise={steps: as_plan(engine, stripped) for steps, engine in manifest.denoise.items()},
-        decode=as_plan(manifest.decode),
+        **as_plans(manifest),
+        more_sizes={edge: m.SizeEngines(**as_plans(engines)) for edge, engines in manifest.more_sizes.items()},
         engine_key_fields=fields,
         engine_key=hashlib.sha256(canonical.encode()).hexdigest(),
         target={"device": "cuda", "targets": targets, "compute_capabilities": " ".join(capabilities)},

@@ -18,7 +18,7 @@ from cuda.core._utils.cuda_utils import CUDAError
 from cudasim import refit, runtime_cache
 from cudasim.memory import ALIGNMENT, Access
 from cudasim.operations import Operation, Work
-from cudasim.plans import VERSIONS, BadPlan, PlanHeader, read_plan
+from cudasim.plans import HEADER_BYTES, VERSIONS, BadPlan, PlanHeader, read_graph, read_header
 from cudasim.sessions import Arrays, session_of, with_weights
 from cudasim.simulation import bound, call_site
 
@@ -86,6 +86,10 @@ class Runtime:
     def logger(self) -> real.ILogger:
         return self._logger
 
+    @property
+    def engine_header_size(self) -> int:
+        return HEADER_BYTES
+
     def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
         """The engine; None where the plan is not for this machine, with the reason in the log."""
         simulation = self._simulation
@@ -97,12 +101,13 @@ class Runtime:
                 return self._fail(f"deserialization failed: {', '.join(reason.name for reason in reasons)}")
             if simulation.fails("deserialize"):
                 return self._fail("deserialization failed: asked to")
-            header, graph = read_plan(content)
             try:
+                header = read_header(content)
+                graph = read_graph(header, content)
                 simulation.refuse_in_capture()
                 weights = simulation.allocate_device(max(1, len(graph)), call_site())
-            except CUDAError as exc:
-                return self._fail(f"weights could not be allocated: {exc}")
+            except (BadPlan, CUDAError) as exc:
+                return self._fail(f"deserialization failed: {exc}")
             return simulation.trt.ICudaEngine._create(self, header, graph, weights)
 
     def _fail(self, message: str) -> None:
@@ -113,13 +118,13 @@ class Runtime:
         if simulation.refusal() is not simulation.driver.CUresult.CUDA_SUCCESS:
             return [reason.CUDA_ERROR]
         try:
-            header, graph = read_plan(content)
+            header = read_header(content)
         except BadPlan:
             return [reason.MALFORMED_ENGINE]
         if header.backend != self._backend:
             return [reason.MALFORMED_ENGINE]
         here = "{}.{}".format(*simulation.compute_capability)
-        needed = len(graph) + header.scratch_bytes
+        needed = header.graph_bytes + header.scratch_bytes
         checks = {
             reason.VERSION_MISMATCH: header.version != VERSIONS[self._backend],
             reason.UNSUPPORTED_CC: here not in header.compute_capabilities,
@@ -135,7 +140,7 @@ class RtxRuntime(Runtime):
     _backend = "tensorrt-rtx"
 
     def get_engine_validity(self, buffer: Any) -> tuple[real.EngineValidity, int]:
-        """(validity, or of `EngineInvalidityDiagnostics`)."""
+        """(validity, `EngineInvalidityDiagnostics` or-ed), from the first `engine_header_size` bytes of a plan."""
         with self._simulation.lock:
             reasons = self._reasons_against(bytes(buffer))
             validity = real.EngineValidity.INVALID if reasons else real.EngineValidity.VALID
