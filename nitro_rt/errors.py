@@ -9,7 +9,11 @@
     ├── EngineMismatch          an engine exists, but not for this machine, runtime, steps, size or batch
     ├── BackendUnavailable      the library or device that a backend needs is not here
     ├── ShapeError              an array has another shape, dtype or name than the engine's
+    ├── DeviceLost              the GPU failed, and with it everything on it
     ├── CaptureError            a CUDA graph could not be captured or no longer fits
+    ├── PipelineClosed          a pipeline was asked for an image after close(), or closed before it drew one
+    ├── QueueFull               as many requests wait as the queue takes
+    ├── DeadlineExceeded        a request's time ran out before it was drawn (also a TimeoutError)
     └── TrainingError           a run cannot start, resume or go on
 
 Every message says what was asked, what was found, what is available and what to do next.
@@ -54,8 +58,24 @@ class ShapeError(NitroError):
     """An array has another shape, dtype or name than the engine expects."""
 
 
+class DeviceLost(NitroError):
+    """The GPU failed in the middle of work; its CUDA context, engines and memory are gone."""
+
+
 class CaptureError(NitroError):
     """A CUDA graph could not be captured or no longer fits its bindings."""
+
+
+class PipelineClosed(NitroError):
+    """A pipeline was asked for an image after `close`, or was closed before it drew one that waited."""
+
+
+class QueueFull(NitroError):
+    """As many requests wait as the pipeline's queue takes."""
+
+
+class DeadlineExceeded(NitroError, TimeoutError):
+    """A request's deadline passed before drawing began."""
 
 
 class TrainingError(NitroError):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nitro_rt.bundle import Bundle
-from nitro_rt.errors import BackendUnavailable, BundleError
+from nitro_rt.errors import BackendUnavailable, BundleError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,32 @@ class Drawing:
     """By stage."""
     finite: bool
     """Whether the last latents hold numbers only: uint8 hides a NaN as a black picture."""
+
+
+DEVICE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+CUDA_GRAPHS = ("auto", "capture", "runtime", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How a bundle of GPU engines is run; a bundle that runs on the host takes none."""
+
+    device: int = 0
+    """CUDA's number of the GPU."""
+    cuda_graphs: str = "auto"
+    """auto: one CUDA graph per image, and a note where an engine cannot be captured; capture: the same, or CaptureError;
+    runtime: TensorRT-RTX's own graphs, one per engine; off: engines launched one by one, which also times each stage."""
+    verify_capture: bool = True
+    """Compare a graph's first replay with the engines run one by one, when it is loaded."""
+    runtime_cache: bool = True
+    """Keep what TensorRT-RTX compiles for this GPU in a file beside the bundle."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for the first option that is wrong."""
+        if isinstance(self.device, bool) or not isinstance(self.device, int) or self.device < 0:
+            raise ConfigError(f"device must be a GPU's number from 0, got {self.device!r}; see nitro-rt doctor")
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            raise ConfigError(f"cuda_graphs {self.cuda_graphs!r} is unknown; available: {', '.join(CUDA_GRAPHS)}")
 
 
 class Executor(Protocol):
@@ -53,14 +79,22 @@ class Executor(Protocol):
         """Release engines and buffers. A second call does nothing."""
 
 
-def open_executor(bundle: Bundle) -> Executor:
+def open_executor(bundle: Bundle, options: DeviceOptions | None = None) -> Executor:
     """The executor of the bundle's backend.
 
-    Raises: BackendUnavailable if its library or device is not here; EngineMismatch if it cannot load the engines.
+    Raises: BackendUnavailable if its library or device is not here; EngineMismatch if it cannot load the engines;
+        ConfigError if options of a GPU are given for a bundle that runs on the host.
     """
+    if bundle.backend in DEVICE_BACKENDS:
+        from nitro_rt.device_executor import DeviceExecutor
+
+        return DeviceExecutor(bundle, options)
     factory = EXECUTORS.get(bundle.backend)
     if factory is None:
-        raise BundleError(f"{bundle.folder} is for the backend {bundle.backend!r}; this nitro-rt runs {', '.join(EXECUTORS)}")
+        known = ", ".join((*EXECUTORS, *DEVICE_BACKENDS))
+        raise BundleError(f"{bundle.folder} is for the backend {bundle.backend!r}; this nitro-rt runs {known}")
+    if options not in (None, DeviceOptions()):
+        raise ConfigError(f"{bundle.folder} runs on {bundle.backend}, not on a GPU; leave {options} out")
     return factory(bundle)
 
 
@@ -91,17 +125,9 @@ def _reference(bundle: Bundle) -> Executor:
     return HostExecutor(bundle, ReferenceSession)
 
 
-def _device(bundle: Bundle) -> Executor:
-    from nitro_rt.device import refuse
-
-    raise refuse(bundle)
-
-
 EXECUTORS: dict[str, Callable[[Bundle], Executor]] = {
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
-    "tensorrt-rtx": _device,
-    "tensorrt": _device,
     "reference": _reference,
 }
-"""Backend -> factory. A backend's library is imported inside its factory."""
+"""Backend on the host -> factory. A backend's library is imported inside its factory."""
