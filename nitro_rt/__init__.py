@@ -21,14 +21,19 @@ if TYPE_CHECKING:
         BundleError,
         CaptureError,
         ConfigError,
+        DeadlineExceeded,
+        DeviceLost,
         EngineMismatch,
         ExportError,
         ModelNotFound,
         NitroError,
+        PipelineClosed,
+        QueueFull,
         ShapeError,
         TrainingError,
     )
-    from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline, Result
+    from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
+    from nitro_rt.result import Result
     from nitro_rt.tokenizer import PromptTruncated
 
 __all__ = [
@@ -39,12 +44,16 @@ __all__ = [
     "CaptureError",
     "ComputeTypeDiffers",
     "ConfigError",
+    "DeadlineExceeded",
+    "DeviceLost",
     "EngineMismatch",
     "ExportError",
     "ModelNotFound",
     "NitroError",
     "Pipeline",
+    "PipelineClosed",
     "PromptTruncated",
+    "QueueFull",
     "Result",
     "ShapeError",
     "TrainingError",
@@ -56,7 +65,7 @@ _HOME = {
     "ComputeTypeDiffers": "pipeline",
     "Pipeline": "pipeline",
     "PromptTruncated": "tokenizer",
-    "Result": "pipeline",
+    "Result": "result",
     "open_bundle": "bundle",
 }
 """Name -> module; all others are errors."""

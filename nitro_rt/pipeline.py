@@ -1,103 +1,97 @@
-"""The public entry: load a bundle, draw, close."""
+"""The public entry: load a bundle, draw from any number of threads, close."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
 
+from nitro_rt import arguments
 from nitro_rt.bundle import Bundle, open_bundle
-from nitro_rt.errors import ConfigError, EngineMismatch, NitroError
-from nitro_rt.executor import Executor, open_executor
-from nitro_rt.noise import checked_seed, draw_noise
+from nitro_rt.errors import NitroError, PipelineClosed
+from nitro_rt.executor import DeviceOptions, open_executor
+from nitro_rt.noise import draw_noise
+from nitro_rt.request import Float32, Ids, Request
+from nitro_rt.result import Result
 from nitro_rt.tokenizer import PromptTruncated, Tokenizer, truncation_message
+from nitro_rt.worker import Worker
 
-if TYPE_CHECKING:
-    from PIL import Image
+MAX_QUEUE = 64
 
 
 class ComputeTypeDiffers(UserWarning):
     """The backend computes in another type on this machine than on the one that built the bundle."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The images of one call, and all that is needed to draw them again."""
-
-    images: list[Image.Image]
-    """One RGB image per prompt, in order."""
-    prompts: tuple[str, ...]
-    seed: int | tuple[int, ...]
-    """One seed for the whole call, or one per prompt; drawn afresh where none was given."""
-    steps: int
-    size_px: int
-    bundle_digest: str
-    timings_ms: dict[str, float]
-    """tokenize, noise, text, denoise, decode, images and total; load where a denoiser was loaded in this call."""
-    warnings: tuple[str, ...]
-    """What was cut from prompts, and how this machine differs from the building one."""
-
-    def save(self, path: str | os.PathLike[str], index: int = 0) -> Path:
-        """Write image `index` as a PNG that carries prompt, seed, steps and bundle digest. Replaces `path` whole."""
-        from nitro_rt.png import save_png
-
-        return save_png(path, self.images[index], self.png_text(index))
-
-    def png_text(self, index: int) -> dict[str, str]:
-        """The text chunks of image `index`."""
-        seed = self.seed if isinstance(self.seed, int) else self.seed[index]
-        text = {"prompt": self.prompts[index], "seed": str(seed), "steps": str(self.steps), "bundle": self.bundle_digest}
-        if isinstance(self.seed, int) and len(self.images) > 1:
-            # One generator drew for all images, so the place in the batch is part of the recipe.
-            text["image"] = f"{index + 1} of {len(self.images)}"
-        return text
-
-
 class Pipeline:
-    """A loaded bundle. Calls from several threads run one after another."""
+    """A loaded bundle, safe to call from any number of threads.
 
-    def __init__(self, bundle: Bundle, executor: Executor, tokenizers: Sequence[Tokenizer]) -> None:
+    The calling thread checks, tokenises and draws the noise; one thread of the pipeline's own runs the engines. Requests wait
+    in a bounded queue, and those of the same steps and size share a call of the engines up to the bundle's batch, which
+    changes no image.
+    """
+
+    _worker: Worker | None = None
+
+    def __init__(self, bundle: Bundle, options: DeviceOptions, max_queue: int) -> None:
         """Use `Pipeline.load`."""
         self.bundle = bundle
-        self._executor: Executor | None = executor
-        self._tokenizers = tuple(tokenizers)
-        self._lock = threading.Lock()
+        self._options, self._max_queue = options, arguments.checked_max_queue(max_queue)
+        self._tokenizers = tuple(Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers)
+        self._reopening = threading.Lock()
+        self._is_closed = False
+        self._worker = self._open_worker()
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Pipeline:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        max_queue: int = MAX_QUEUE,
+        device: int = DeviceOptions.device,
+        cuda_graphs: str = DeviceOptions.cuda_graphs,
+        verify_capture: bool = DeviceOptions.verify_capture,
+        runtime_cache: bool = DeviceOptions.runtime_cache,
+    ) -> Pipeline:
         """Open a bundle, check every file's digest, and load its engines.
 
         The denoiser of the smallest step count is loaded here, the others at their first use.
 
-        Raises: ModelNotFound, BundleError, BackendUnavailable, EngineMismatch, ShapeError.
+        Args:
+            max_queue: how many requests may wait beside those that are drawn, whatever their steps and size. A request is at
+                most one batch of images, so it waits for at most so many calls of the engines.
+            device, cuda_graphs, verify_capture, runtime_cache: see `nitro_rt.executor.DeviceOptions`; for bundles of GPU
+                engines only.
+        Warns: ComputeTypeDiffers where this machine computes in another type than the building one.
+        Raises: ConfigError, ModelNotFound, BundleError, BackendUnavailable, EngineMismatch, ShapeError.
         """
+        options = DeviceOptions(
+            device=device, cuda_graphs=cuda_graphs, verify_capture=verify_capture, runtime_cache=runtime_cache
+        )
         bundle = open_bundle(folder)
         bundle.check_files()
-        return cls.of(bundle)
+        return cls._opened(bundle, options, max_queue)
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Pipeline:
-        """Load the engines of an opened bundle, whose files are taken as they are.
+    def of(cls, bundle: Bundle, *, options: DeviceOptions | None = None, max_queue: int = MAX_QUEUE) -> Pipeline:
+        """Load the engines of an opened bundle, whose files are taken as they are; for the rest as `load`."""
+        return cls._opened(bundle, options or DeviceOptions(), max_queue)
 
-        Warns: ComputeTypeDiffers where this machine computes in another type than the building one.
-        Raises: BundleError, BackendUnavailable, EngineMismatch, ShapeError.
-        """
-        executor = open_executor(bundle)
+    @classmethod
+    def _opened(cls, bundle: Bundle, options: DeviceOptions, max_queue: int) -> Pipeline:
+        pipe = cls(bundle, options, max_queue)
         try:
-            executor.prepare(bundle.built_steps[0], bundle.manifest.sizes_px[0])
-            tokenizers = [Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers]
-        except BaseException:
-            executor.close()
+            _warn(pipe._running_worker().notes, ComputeTypeDiffers, stacklevel=4)
+        except BaseException:  # a filter may turn a warning into an error
+            pipe.close(wait=False)
             raise
-        for note in executor.notes:
-            warnings.warn(note, ComputeTypeDiffers, stacklevel=3)
-        return cls(bundle, executor, tokenizers)
+        return pipe
 
     def __call__(
         self,
@@ -106,10 +100,11 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         steps: int | None = None,
         size: int | None = None,
+        deadline_s: float | None = None,
         negative_prompt: object = None,
         guidance_scale: object = None,
     ) -> Result:
-        """Draw one image per prompt.
+        """Draw one image per prompt, and wait for them. Where the queue is full, wait for a place too.
 
         Args:
             prompt: one prompt or up to the bundle's batch of them.
@@ -117,177 +112,222 @@ class Pipeline:
                 prompt. None draws a fresh one, which stands in the result.
             steps: a step count of the bundle; None takes the smallest.
             size: edge in pixels; None takes the bundle's first.
+            deadline_s: seconds from now within which drawing must begin; None waits as long as it takes. What has begun is
+                finished.
             negative_prompt, guidance_scale: refused. The model is distilled to run without guidance.
-        Warns: PromptTruncated where a prompt is longer than the text encoder reads.
-        Raises: ConfigError for a wrong argument, EngineMismatch for what the bundle was not built for.
+        Warns: PromptTruncated where a prompt is longer than the text encoder reads; ComputeTypeDiffers as `load`, where an
+            engine is loaded in this call.
+        Raises: ConfigError for a wrong argument, EngineMismatch for what the bundle was not built for, DeadlineExceeded,
+            PipelineClosed, DeviceLost. KeyboardInterrupt takes a waiting request back.
         """
-        start = time.perf_counter()
-        _refuse_guidance(negative_prompt, guidance_scale)
-        prompts = self._checked_prompts(prompt)
-        seeds = _checked_seeds(seed, len(prompts))
-        num_steps = self._checked_steps(steps)
-        size_px = self._checked_size(size)
-        with self._lock:
-            return self._draw(prompts, seeds, num_steps, size_px, start)
+        request = self._request(prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale)
+        self._submit(request, wait=True, stacklevel=3)
+        try:
+            result = request.result()
+        except BaseException:
+            request.cancel()
+            raise
+        _warn(request.load_notes, ComputeTypeDiffers, stacklevel=3)
+        return result
+
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        size: int | None = None,
+        deadline_s: float | None = None,
+        wait: bool = False,
+        negative_prompt: object = None,
+        guidance_scale: object = None,
+    ) -> Future[Result]:
+        """Queue a call and return at once; the images come with the future.
+
+        `Future.cancel` takes a waiting request back. One that is being drawn cannot be interrupted, since CUDA has no way to:
+        its result is dropped if nobody asks for it. Callbacks of the future run on the thread that draws, so they must be
+        short, and must not wait for this pipeline.
+
+        Args:
+            wait: where the queue is full, wait for a place and not raise QueueFull.
+            prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale: as for a call. A late request fails when
+                its turn comes, or when the call before ends.
+        Warns: PromptTruncated. What an engine that is loaded for the request has to say stands in `Result.warnings`.
+        Raises: QueueFull, ConfigError, EngineMismatch, PipelineClosed, DeviceLost; from the future: DeadlineExceeded, and
+            PipelineClosed or DeviceLost where that happens before the images are there.
+        """
+        request = self._request(prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale)
+        self._submit(request, wait=wait, stacklevel=3)
+        return request
+
+    async def submit_async(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        size: int | None = None,
+        deadline_s: float | None = None,
+        negative_prompt: object = None,
+        guidance_scale: object = None,
+    ) -> Result:
+        """Draw one image per prompt without blocking the event loop; where the queue is full, wait for a place.
+
+        Cancelling the task takes a waiting request back. The noise is drawn in asyncio's own thread pool.
+        Arguments, warnings and errors are those of a call.
+        """
+        request = self._request(prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale)
+        worker = self._running_worker()
+        try:
+            worker.queue.enter(request, wait=True)
+            if request.admission is not None:
+                await _admitted(request)
+            ids = self._tokenize(request, stacklevel=3)
+            request.rows = (*ids, await asyncio.to_thread(self._noise, request))
+            worker.queue.line_up(request)
+            result = await asyncio.wrap_future(request)
+        except BaseException:  # CancelledError too
+            request.cancel()
+            raise
+        _warn(request.load_notes, ComputeTypeDiffers, stacklevel=3)
+        return result
 
     @property
     def compute_dtypes(self) -> dict[str, str]:
-        """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine."""
-        return {} if self._executor is None else self._executor.compute_dtypes
+        """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine; empty when closed."""
+        return {} if self._worker is None else dict(self._worker.compute_dtypes)
 
-    def close(self) -> None:
-        """Release engines and buffers; waits for a running call. A second call does nothing."""
-        with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.close()
+    def close(self, *, wait: bool = True) -> None:
+        """Release engines and buffers, and end the pipeline's thread. A second call does nothing; any thread may call.
+
+        Args:
+            wait: draw what is queued first. Otherwise what is queued fails with PipelineClosed; what is being drawn is
+                finished all the same.
+        """
+        self._is_closed = True  # before the worker is looked up: `reopen` does it the other way round, so one sees the other
+        if self._worker is not None:
+            self._worker.close(wait=wait)
+
+    def reopen(self) -> None:
+        """Load the engines anew after DeviceLost. Does nothing where the pipeline draws, so every thread that saw the loss may
+        call it.
+
+        Warns: ComputeTypeDiffers as `load`.
+        Raises: PipelineClosed after `close`; what `load` raises where the device is not usable yet: call again later.
+        """
+        with self._reopening:
+            worker = self._running_worker()
+            if self._is_closed:
+                raise worker.closed_error()
+            if not worker.has_stopped:
+                return
+            if worker.is_current_thread:
+                raise NitroError(
+                    "reopen() was called in the callback of a future, on the thread that has to end first; call it elsewhere"
+                )
+            worker.join()  # the old engines are freed before the new ones are loaded
+            self._worker = worker = self._open_worker()
+            if self._is_closed:
+                worker.close(wait=False)
+                raise worker.closed_error()
+        _warn(worker.notes, ComputeTypeDiffers, stacklevel=3)
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        """Close; after an exception without drawing what still waits, so that Ctrl-C ends soon."""
+        self.close(wait=exc is None)
 
-    def _draw(
-        self, prompts: tuple[str, ...], seeds: int | tuple[int, ...], num_steps: int, size_px: int, start: float
-    ) -> Result:
-        executor, manifest = self._executor, self.bundle.manifest
-        if executor is None:
-            raise NitroError(f"the pipeline of {self.bundle.folder} is closed; load it again: Pipeline.load(...)")
-        notes = self._warn_of_cuts(prompts)
-        clock = _Clock()
-        ids_BT, ids_2_BT = (tokenizer.encode_batch(prompts, manifest.batch) for tokenizer in self._tokenizers)
-        clock.lap("tokenize")
-        noise_NBCHW = draw_noise(seeds, num_steps, len(prompts), manifest.batch, self.bundle.latent_CHW_at(size_px))
-        clock.lap("noise")
-        notes += self._prepare(executor, num_steps, size_px, clock)
-        drawing = executor.draw(num_steps, size_px, ids_BT, ids_2_BT, noise_NBCHW)
-        if not drawing.finite:
-            raise EngineMismatch(
-                f"{self.bundle.folder} gave latents that are not finite (NaN or infinity) at {num_steps} steps: "
-                f"its {manifest.decode.precision} engines overflow here; build with --precision fp32"
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        # As files do: whoever listens (python -X dev) is told, and everything is released all the same.
+        if self._worker is not None and not self._is_closed:
+            self._worker.end()
+            _warn(f"unclosed pipeline of {self.bundle.folder}", ResourceWarning, source=self, stacklevel=2)
+
+    def _open_worker(self) -> Worker:
+        empty_ids_T = [tokenizer.encode("").ids for tokenizer in self._tokenizers]
+        return Worker(self.bundle, partial(open_executor, self.bundle, self._options), empty_ids_T, self._max_queue)
+
+    def _running_worker(self) -> Worker:
+        worker = self._worker
+        assert worker is not None
+        if worker.process_id != os.getpid():
+            raise PipelineClosed(
+                f"the pipeline of {self.bundle.folder} was loaded in process {worker.process_id}, and this is a fork of it "
+                "without its thread and its device; load it in each process: Pipeline.load(...)"
             )
-        clock.skip()
-        images = _pil_images(drawing.images_BHWC[: len(prompts)])
-        clock.lap("images")
-        timings_ms = clock.laps_ms | drawing.timings_ms | {"total": (time.perf_counter() - start) * 1e3}
-        return Result(
-            images=images,
+        return worker
+
+    def _request(
+        self,
+        prompt: object,
+        seed: object,
+        steps: object,
+        size: object,
+        deadline_s: object,
+        negative_prompt: object,
+        guidance_scale: object,
+    ) -> Request:
+        """The checked call. Raises: ConfigError, EngineMismatch."""
+        start_s = time.perf_counter()
+        arguments.refuse_guidance(negative_prompt, guidance_scale)
+        prompts = arguments.checked_prompts(prompt, self.bundle)
+        return Request(
             prompts=prompts,
-            seed=seeds,
-            steps=num_steps,
-            size_px=size_px,
-            bundle_digest=self.bundle.digest,
-            timings_ms=timings_ms,
-            warnings=tuple(dict.fromkeys((*executor.notes, *notes))),
+            seed=arguments.checked_seeds(seed, len(prompts)),
+            num_steps=arguments.checked_steps(steps, self.bundle),
+            size_px=arguments.checked_size(size, self.bundle),
+            start_s=start_s,
+            deadline_s=arguments.checked_deadline(deadline_s),
         )
 
-    def _prepare(self, executor: Executor, num_steps: int, size_px: int, clock: _Clock) -> list[str]:
-        """Load the denoiser if this is its first use; returns what there is to say about it."""
-        known = len(executor.notes)
-        if executor.prepare(num_steps, size_px):
-            clock.lap("load")
-        new = list(executor.notes[known:])
-        for note in new:
-            warnings.warn(note, ComputeTypeDiffers, stacklevel=4)
-        return new
-
-    def _warn_of_cuts(self, prompts: tuple[str, ...]) -> list[str]:
-        messages = [message for prompt in prompts if (message := truncation_message(prompt, self._tokenizers))]
-        for message in messages:
-            warnings.warn(message, PromptTruncated, stacklevel=4)
-        return messages
-
-    def _checked_prompts(self, prompt: object) -> tuple[str, ...]:
-        if isinstance(prompt, str):
-            prompts: tuple[object, ...] = (prompt,)
-        elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-            prompts = tuple(prompt)
-        else:
-            raise ConfigError(f"prompt must be a string or a list of strings, got {type(prompt).__name__}")
-        if not prompts:
-            raise ConfigError("the list of prompts is empty; give at least one prompt")
-        wrong = next((item for item in prompts if not isinstance(item, str)), None)
-        if wrong is not None or None in prompts:
-            raise ConfigError(f"every prompt must be a string, got {wrong!r} ({type(wrong).__name__})")
-        texts = tuple(str(item) for item in prompts)
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as exc:
-                raise ConfigError(
-                    f"the prompt {text!r} has no UTF-8 form (character {exc.start} is {text[exc.start]!r}, half of a pair); "
-                    "give it decoded as UTF-8"
-                ) from exc
-        batch = self.bundle.manifest.batch
-        if len(prompts) > batch:
-            raise EngineMismatch(
-                f"{len(prompts)} prompts, but {self.bundle.folder} was built for batch {batch}; "
-                f"give at most {batch}, or build with --batch {len(prompts)}"
+    def _submit(self, request: Request, *, wait: bool, stacklevel: int) -> None:
+        """A place first, then the work: a full queue refuses at once, and who waits for a place holds no noise."""
+        worker = self._running_worker()
+        if wait and worker.is_current_thread:
+            raise NitroError(
+                "the pipeline was called in the callback of a future, on the thread that would have to draw; use submit(...)"
             )
-        return texts
+        try:
+            worker.queue.enter(request, wait=wait)
+            if request.admission is not None:
+                try:
+                    request.admission.result(request.remaining_s())
+                except TimeoutError:
+                    raise request.deadline_error() from None
+            request.rows = (*self._tokenize(request, stacklevel + 1), self._noise(request))
+            worker.queue.line_up(request)
+        except BaseException:
+            request.cancel()
+            raise
 
-    def _checked_steps(self, steps: object) -> int:
-        built = self.bundle.built_steps
-        if steps is None:
-            return built[0]
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise ConfigError(f"steps must be a whole number, got {steps!r} ({type(steps).__name__})")
-        if steps not in built:
-            raise EngineMismatch(
-                f"{self.bundle.folder} was not built for {steps} steps; built: {', '.join(map(str, built))}; "
-                f"use one of these, or build with --steps {steps}"
-            )
-        return steps
+    def _tokenize(self, request: Request, stacklevel: int) -> tuple[Ids, Ids]:
+        begin_s = time.perf_counter()
+        cuts = [message for prompt in request.prompts if (message := truncation_message(prompt, self._tokenizers))]
+        ids_BT, ids_2_BT = (tokenizer.encode_batch(request.prompts, request.num_rows) for tokenizer in self._tokenizers)
+        request.cuts = tuple(dict.fromkeys(cuts))
+        request.timings_ms["tokenize"] = (time.perf_counter() - begin_s) * 1e3
+        _warn(request.cuts, PromptTruncated, stacklevel + 1)
+        return ids_BT, ids_2_BT
 
-    def _checked_size(self, size: object) -> int:
-        if size is None:
-            return self.bundle.manifest.sizes_px[0]
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ConfigError(f"size must be a whole number of pixels, got {size!r} ({type(size).__name__})")
-        self.bundle.engines_at(size)  # refuses what was not built
-        return size
-
-
-class _Clock:
-    """Times the laps of one call."""
-
-    def __init__(self) -> None:
-        self.laps_ms: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps_ms[name], self._last = (now - self._last) * 1e3, now
-
-    def skip(self) -> None:
-        self._last = time.perf_counter()
+    def _noise(self, request: Request) -> Float32:
+        begin_s, num_rows = time.perf_counter(), request.num_rows
+        latent_CHW = self.bundle.latent_CHW_at(request.size_px)
+        noise_NBCHW = draw_noise(request.seed, request.num_steps, num_rows, num_rows, latent_CHW)
+        request.timings_ms["noise"] = (time.perf_counter() - begin_s) * 1e3
+        return noise_NBCHW
 
 
-def _refuse_guidance(negative_prompt: object, guidance_scale: object) -> None:
-    why = "guidance is 0 by design: the model is distilled to draw without it"
-    if negative_prompt is not None:
-        _refuse(f"negative_prompt is not supported, {why}; say in the prompt what to draw")
-    if guidance_scale is not None:
-        _refuse(f"guidance_scale is not supported, {why}; leave it out")
+async def _admitted(request: Request) -> None:
+    """Wait for a place in the queue. Raises: DeadlineExceeded."""
+    assert request.admission is not None
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(request.admission), request.remaining_s())
+    except TimeoutError:
+        raise request.deadline_error() from None
 
 
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError(message)
-
-
-def _checked_seeds(seed: object, num_images: int) -> int | tuple[int, ...]:
-    if seed is None:
-        # 32 bits are all that torch's generator reads of a seed.
-        return int.from_bytes(os.urandom(4), "little")
-    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
-        if len(seed) != num_images:
-            raise ConfigError(f"{len(seed)} seeds for {num_images} prompts; give one seed, or one per prompt")
-        return tuple(checked_seed(item) for item in seed)
-    return checked_seed(seed)
-
-
-def _pil_images(images_BHWC: Any) -> list[Image.Image]:
-    from PIL import Image
-
-    return [Image.fromarray(image_HWC) for image_HWC in images_BHWC]
+def _warn(messages: Iterable[str], category: type[Warning], stacklevel: int) -> None:
+    for message in messages:
+        warnings.warn(message, category, stacklevel=stacklevel)

@@ -15,7 +15,8 @@ from nitro_rt.cli.output import json_option, print_json
 from nitro_rt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nitro_rt.pipeline import Pipeline, Result
+    from nitro_rt.pipeline import Pipeline
+    from nitro_rt.result import Result
 
 NAME_LENGTH = 60
 

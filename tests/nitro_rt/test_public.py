@@ -58,7 +58,7 @@ def test_the_pipeline_needs_numpy_only() -> None:
 
 
 def test_drawing_loads_no_training_library(bundle_folder: object) -> None:
-    code = f"from nitro_rt import Pipeline\nwith Pipeline.load({str(bundle_folder)!r}) as pipe: pipe('a dog')"
+    code = f"from nitro_rt import Pipeline\nwith Pipeline.load({str(bundle_folder)!r}) as pipe: pipe('a dog').images"
     loaded = _loaded_after(code)
     assert {"numpy", "PIL", "tokenizers"} <= loaded
     assert not loaded & {*NEVER, "openvino", "onnxruntime"}
