@@ -26,8 +26,14 @@ class MemoryResource:
     """The base of all memory resources."""
 
     _simulation: Simulation
-    is_device_accessible = True
-    is_host_accessible = False
+
+    @property
+    def is_device_accessible(self) -> bool:
+        return True
+
+    @property
+    def is_host_accessible(self) -> bool:
+        return False
 
 
 class DeviceMemoryResource(MemoryResource):
@@ -96,7 +102,9 @@ class DeviceMemoryResource(MemoryResource):
 class LegacyPinnedMemoryResource(MemoryResource):
     """Pinned host memory, allocated and freed at once."""
 
-    is_host_accessible = True
+    @property
+    def is_host_accessible(self) -> bool:
+        return True
 
     @driver_call
     def allocate(self, size: int, *, stream: Stream | GraphBuilder | None = None) -> Buffer:

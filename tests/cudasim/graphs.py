@@ -220,7 +220,7 @@ class Graph:
         stream._check_open()
         if stream._capture is not None:
             raise NotImplementedError("the simulator does not capture a graph's launch")
-        stream._check_default_stream()
+        stream._check_captures()
         self._simulation.count("replay")
         schedule = self._simulation.schedule
         site = call_site()

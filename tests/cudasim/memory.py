@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[np.uint8]
 
-POISON = b"\xfe\x7f"
+POISON = 0x7FFE
+"""In every 16 bits."""
 ALIGNMENT = 256
 """Of every device allocation, as CUDA promises; no more than that."""
 FIRST_DEVICE_ADDRESS = 0xD00_0000_0000
@@ -69,8 +70,8 @@ class Allocation:
 
 def fill_with_poison(content: Bytes) -> None:
     whole = content.size // 2 * 2
-    content[:whole].reshape(-1, 2)[:] = np.frombuffer(POISON, np.uint8)
-    content[whole:] = POISON[0]
+    content[:whole].view("<u2")[:] = POISON
+    content[whole:] = POISON & 0xFF
 
 
 class Memory:
@@ -85,7 +86,7 @@ class Memory:
         self._addresses: list[int] = []
         self._allocations: list[Allocation] = []
 
-    # --- allocation -------------------------------------------------------------------------------------------------------
+    # --- allocation ---------------------------------------------------------------------------------------------------
 
     def allocate_device(self, num_bytes: int, site: str) -> Allocation | None:
         """None where the device has not so much left."""
@@ -143,7 +144,7 @@ class Memory:
             return None
         return self._allocations[place]
 
-    # --- order ------------------------------------------------------------------------------------------------------------
+    # --- order --------------------------------------------------------------------------------------------------------
 
     def note(self, operation: Operation, access: Access) -> None:
         """Report an access that is wrong whatever the order of execution, and remember it."""
@@ -184,7 +185,7 @@ class Memory:
         self.note(operation, Access(allocation.address, allocation.num_bytes, True, "freed memory"))
         allocation.freed_by = operation
 
-    # --- content ----------------------------------------------------------------------------------------------------------
+    # --- content ------------------------------------------------------------------------------------------------------
 
     def read(self, access: Access, reader: object, *, is_copy: bool = False) -> Bytes:
         """A copy. Poison where there is nothing, which was reported when the access was noted.

@@ -77,7 +77,7 @@ class Schedule:
         self._num_queued = 0
         self.num_pending = 0
 
-    # --- queueing ---------------------------------------------------------------------------------------------------------
+    # --- queueing -----------------------------------------------------------------------------------------------------
 
     def add(self, work: Work, lane: Hashable, after: Iterable[Operation]) -> Operation:
         """Queue work behind other operations, and behind all that the host has waited for."""
@@ -121,7 +121,7 @@ class Schedule:
         """An unfinished operation on the pinned allocation at `address`."""
         return next((operation for operation, _ in self._pinned.get(address, ()) if not operation.is_done), None)
 
-    # --- running ----------------------------------------------------------------------------------------------------------
+    # --- running ------------------------------------------------------------------------------------------------------
 
     def pass_time(self) -> None:
         """The device may run ahead of the host."""

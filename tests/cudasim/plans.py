@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import tensorrt_rtx
 from onnx.external_data_helper import uses_external_data
 
 from nitro_rt import manifest as m
 
 MAGIC = b"NITRO-RT SIMULATED PLAN\n"
 HEADER_BYTES = 1024
-VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "11.4.0.0"}
+VERSIONS = {"tensorrt-rtx": tensorrt_rtx.__version__, "tensorrt": "11.4.0.0"}
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 """What can be refitted."""
 

@@ -25,6 +25,7 @@ def session_of(graph: bytes) -> onnxruntime.InferenceSession:
     if digest not in _SESSIONS:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # what poison does to a graph is reported as a hazard
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # tiny graphs, and many other tests
         _SESSIONS[digest] = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
         if len(_SESSIONS) > MAX_SESSIONS:
             _SESSIONS.popitem(last=False)

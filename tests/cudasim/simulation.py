@@ -22,7 +22,7 @@ from cudasim.memory import Allocation, Memory
 from cudasim.operations import Operation, Schedule, Work
 
 FAILURES = ("allocate", "operation", "execute", "deserialize")
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,7 +90,7 @@ class Simulation:
         self._next_handle = 0x5000
         self.driver = driver_module(self)
 
-    # --- what a test asks ---------------------------------------------------------------------------------------------------
+    # --- what a test asks ---------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Let all queued work run. Raises: AssertionError naming every hazard seen so far."""
@@ -108,15 +108,15 @@ class Simulation:
             return self._leaks()
 
     def _leaks(self) -> list[Leak]:
-        alive = [leak for reference, leak in self._alive.values() if reference() is not None]
-        return sorted((*self._open.values(), *alive), key=str)
+        self._alive = {key: known for key, known in self._alive.items() if known[0]() is not None}
+        return sorted((*self._open.values(), *(leak for _, leak in self._alive.values())), key=str)
 
     @property
     def mood(self) -> str:
         """How this seed's adversary behaves."""
         return self.schedule.mood
 
-    # --- what a test arranges -----------------------------------------------------------------------------------------------
+    # --- what a test arranges -----------------------------------------------------------------------------------------
 
     def fail(self, what: str, at: int = 1, code: CUresult = CUresult.CUDA_ERROR_LAUNCH_FAILED) -> None:
         """Let the `at`-th next one fail, once.
@@ -132,7 +132,7 @@ class Simulation:
         """A lost device works again, as after a reset of its context; everything that was queued is gone."""
         self.lost = None
 
-    # --- what the simulated modules use ---------------------------------------------------------------------------------------
+    # --- what the simulated modules use -------------------------------------------------------------------------------
 
     def report(self, kind: str, message: str) -> None:
         hazard = Hazard(kind, message)
@@ -230,8 +230,7 @@ class Simulation:
 
     def born(self, thing: object) -> None:
         """`thing` lives as long as it is referred to."""
-        key = id(thing)
-        self._alive[key] = (weakref.ref(thing), Leak(type(thing).__name__, call_site()))
+        self._alive[id(thing)] = (weakref.ref(thing), Leak(type(thing).__name__, call_site()))
 
     def submit(self, stream: Any, work: Work) -> Operation | None:
         """Queue work on a stream; None where the stream is capturing and the work became a node of its graph."""
@@ -250,18 +249,21 @@ def driver_call(method: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+@functools.cache
+def _is_ours(file: str) -> bool:
+    """Whether a source file is the simulator's own, and not one of its tests."""
+    return Path(file).parent == _HERE and not Path(file).name.startswith(("test_", "sequence"))
+
+
 def call_site() -> str:
     """File and line of the innermost caller outside the simulator."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_HERE + "/")
-        or frame.f_code.co_filename == functools.__file__
-        or frame.f_code.co_filename.endswith("contextlib.py")
-    ):
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 
-def bound(kind: type, simulation: Simulation) -> type:
+def bound(kind: type, simulation: Simulation, name: str | None = None) -> type:
     """The class for one simulation: it looks like the original, and its objects know where they belong."""
-    return type(kind.__name__, (kind,), {"_simulation": simulation, "__doc__": kind.__doc__, "__qualname__": kind.__qualname__})
+    name = name or kind.__name__
+    return type(name, (kind,), {"_simulation": simulation, "__doc__": kind.__doc__, "__qualname__": name})

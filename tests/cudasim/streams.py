@@ -39,7 +39,7 @@ class Stream:
         self._simulation.streams[handle] = self
         return self
 
-    # --- cuda.core ----------------------------------------------------------------------------------------------------------
+    # --- cuda.core ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         if not self._is_closed:
@@ -106,7 +106,7 @@ class Stream:
         self._check_open()
         return self._simulation.cuda.graph.GraphBuilder._create(self)
 
-    # --- the simulation -------------------------------------------------------------------------------------------------------
+    # --- the simulation -----------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -132,7 +132,7 @@ class Stream:
         if self._capture is not None:
             self._capture_tail = (self._capture.add(self, work, self._capture_tail),)
             return None
-        self._check_default_stream()
+        self._check_captures()
         schedule = self._simulation.schedule
         self._last = schedule.add(work, self._lane(), self._before())
         schedule.pass_time()
@@ -150,17 +150,18 @@ class Stream:
             others = [self._simulation.streams[LEGACY_HANDLE]]
         return [stream._last for stream in (self, *others) if stream._last is not None]
 
-    def _check_default_stream(self) -> None:
-        """The legacy default stream waits for all blocking streams, so it cannot be used while one of them captures. CUDA
-        lets it be used while a non-blocking one does; what is queued there is then missing in the graph."""
-        if self._handle != LEGACY_HANDLE:
-            return
+    def _check_captures(self) -> None:
+        """For work that is not captured, while something is.
+
+        The legacy default stream waits for all blocking streams, so it cannot be used while one of them captures. Other work
+        CUDA takes; from the capturing thread it is most likely meant for the graph, where it is missing.
+        """
         for capture in self._simulation.captures:
-            if not capture.origin.is_nonblocking:
+            if self._handle == LEGACY_HANDLE and not capture.origin.is_nonblocking:
                 capture.invalidate()
                 raise cuda_error(CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)
             if capture.thread == threading.get_ident():
-                self._simulation.report("escaped", f"work on the default stream at {call_site()} is not part of the capture")
+                self._simulation.report("escaped", f"work on a stream that takes no part in the capture ({call_site()})")
 
     def _wait(self, operation: Operation | None, captured: tuple[Capture, tuple[Node, ...]] | None) -> None:
         if captured is not None:

@@ -311,9 +311,6 @@ class IExecutionContext:
             self._simulation.report("unaligned", f"scratch memory at {memory:#x} ({call_site()}) is not on {ALIGNMENT} bytes")
         self._scratch = (int(memory), int(size))
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self._is_warm and self._config.cuda_graph_strategy == real.CudaGraphStrategy.DISABLED
-
     def execute_async_v3(self, stream_handle: int) -> bool:
         """Queue an execution, or add it to the graph that the stream captures. False, with the reason in the log, if not."""
         simulation = self._simulation
@@ -402,6 +399,13 @@ class IExecutionContext:
         self._engine._runtime._fail(message)
 
 
+class RtxExecutionContext(IExecutionContext):
+    """TensorRT-RTX's, which knows whether it can be captured."""
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._is_warm and self._config.cuda_graph_strategy == real.CudaGraphStrategy.DISABLED
+
+
 class _Alive:
     """What a queued execution knows of its context once nobody else holds it."""
 
@@ -460,13 +464,19 @@ def _content(source: Any) -> bytes:
 def tensorrt_module(simulation: Simulation, backend: str) -> SimpleNamespace:
     """Stands for `tensorrt_rtx` (backend `tensorrt-rtx`) or `tensorrt` (backend `tensorrt`)."""
     is_rtx = backend == "tensorrt-rtx"
-    kinds = [ICudaEngine, IExecutionContext, refit.Refitter, refit.OnnxParserRefitter]
-    kinds += [runtime_cache.IRuntimeConfig] if not is_rtx else [runtime_cache.RtxRuntimeConfig, runtime_cache.IRuntimeCache]
-    module = SimpleNamespace(
+    kinds: dict[str, type] = {
+        "Runtime": RtxRuntime if is_rtx else Runtime,
+        "ICudaEngine": ICudaEngine,
+        "IExecutionContext": RtxExecutionContext if is_rtx else IExecutionContext,
+        "IRuntimeConfig": runtime_cache.RtxRuntimeConfig if is_rtx else runtime_cache.IRuntimeConfig,
+        "Refitter": refit.Refitter,
+        "OnnxParserRefitter": refit.OnnxParserRefitter,
+    }
+    if is_rtx:
+        kinds["IRuntimeCache"] = runtime_cache.IRuntimeCache
+    return SimpleNamespace(
         __version__=VERSIONS[backend],
-        Runtime=bound(RtxRuntime if is_rtx else Runtime, simulation),
         IStreamReaderV2=IStreamReaderV2,
         **{name: getattr(real, name) for name in (*REAL_NAMES, *(REAL_RTX_NAMES if is_rtx else ()))},
-        **{kind.__name__.replace("Rtx", "I"): bound(kind, simulation) for kind in kinds},
+        **{name: bound(kind, simulation, name) for name, kind in kinds.items()},
     )
-    return module
