@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uin
 """TensorRT's names of what a bundle's tensors are made of."""
 WEIGHTS_OPTION = "weights"
 """Engine option: `refit` where the plan holds no weights and takes them from the ONNX graph beside it."""
+
+_OUT_OF_MEMORY = re.compile(r"out.?of.?memory", re.IGNORECASE)
 
 
 class TensorRtRuntime:
@@ -48,7 +51,7 @@ class TensorRtRuntime:
         with paths[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             loaded = self._runtime.deserialize_cuda_engine(plan)
         if loaded is None:
-            raise EngineMismatch(f"{self._name} cannot load {stage} from {paths[0]}: {self.said()}; build it again here")
+            raise EngineMismatch(f"{self._name} cannot load {stage} from {paths[0]}: {self.said()}; {self._remedy()}")
         check_specs(stage, _specs(loaded), (*engine.inputs, *engine.outputs))
         if engine.options.get(WEIGHTS_OPTION) == "refit":
             self._take_weights(stage, loaded, paths)
@@ -68,6 +71,11 @@ class TensorRtRuntime:
     def _name(self) -> str:
         return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self._trt.__version__}"
 
+    def _remedy(self) -> str:
+        if _OUT_OF_MEMORY.search(self.said()):
+            return "close other programs or pipelines, or build with a smaller --size, --batch or --precision"
+        return "build it again here"
+
     def _context(self, stage: str, loaded: Any) -> Any:
         user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
@@ -81,7 +89,7 @@ class TensorRtRuntime:
                 self.cache.attach(config)
             context = loaded.create_execution_context(config)
         if context is None:
-            raise EngineMismatch(f"{self._name} cannot make a context for {stage}: {self.said()}; build it again here")
+            raise EngineMismatch(f"{self._name} cannot make a context for {stage}: {self.said()}; {self._remedy()}")
         return context
 
     def _take_weights(self, stage: str, loaded: Any, paths: tuple[Path, ...]) -> None:
