@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nitro_rt.bundle import Bundle
-from nitro_rt.errors import NitroError
 
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> the module that runs it; the extra of `nitro-rt` has the backend's name."""
@@ -110,13 +109,6 @@ def driver_version(kernel_module: Path = KERNEL_MODULE) -> str:
 def built_targets(bundle: Bundle) -> tuple[str, ...]:
     """The GPUs that a device bundle was built for: sm86, sm89, ..."""
     return tuple(bundle.manifest.target.get("targets", "").split())
-
-
-def refuse(bundle: Bundle) -> NitroError:
-    """The error that says in one line why this device bundle does not run here, and what to do."""
-    from nitro_rt.diagnosis import refusal
-
-    return refusal(bundle)
 
 
 def _gpus(cuda: ctypes.CDLL) -> Iterator[Gpu]:

@@ -26,9 +26,9 @@ from nitro_rt.device import (
     find_driver,
     unusable,
 )
-from nitro_rt.errors import BackendUnavailable, NitroError
+from nitro_rt.errors import NitroError
 from nitro_rt.manifest import check_file
-from nitro_rt.reasons import CUDA_MAJOR, FOR_CPU, Reason
+from nitro_rt.reasons import CUDA_MAJOR, Reason
 
 if TYPE_CHECKING:
     from nitro_rt.device_modules import DeviceModules
@@ -123,16 +123,6 @@ def needed_bytes(bundle: Bundle) -> int:
     loaded = (manifest.text, manifest.denoise[bundle.built_steps[0]], manifest.decode)
     plans = sum(reference.num_bytes for reference in {reference for engine in loaded for reference in engine.files})
     return min(plans, manifest.memory_plan.weight_bytes) + manifest.memory_plan.io_bytes
-
-
-def refusal(bundle: Bundle) -> NitroError:
-    """The error of a bundle for whose backend there is no executor."""
-    try:
-        require_machine(bundle)
-    except NitroError as exc:
-        return exc
-    found, mend = "this nitro-rt has no executor for them", f"build for this CPU: {FOR_CPU}"
-    return error(bundle, Reason(kind=BackendUnavailable, found=found, remedy=mend))
 
 
 def error(bundle: Bundle, reason: Reason) -> NitroError:
