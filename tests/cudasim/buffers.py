@@ -120,13 +120,8 @@ class LegacyPinnedMemoryResource(MemoryResource):
     def _release(self, buffer: Buffer, queue: Stream) -> None:
         simulation, allocation = self._simulation, buffer._allocation
         if simulation.lost is None:
-            if not queue.is_closed:
-                queue._sync()
-            unfinished = simulation.schedule.touching(allocation.address)
-            if unfinished is not None:
-                simulation.report(
-                    "use after free", f"pinned memory from {allocation.site} is freed at {call_site()} before {unfinished} ran"
-                )
+            queue._sync()
+        simulation.let_go(allocation.address, f"pinned memory from {allocation.site} is freed", "use after free")
         simulation.memory.free(allocation)
         allocation.freed_by = f"Buffer.close ({call_site()})"
 

@@ -117,9 +117,11 @@ class Schedule:
             unfinished.append((operation, access))
             self._pinned[allocation.address] = unfinished
 
-    def touching(self, address: int) -> Operation | None:
-        """An unfinished operation on the pinned allocation at `address`."""
-        return next((operation for operation, _ in self._pinned.get(address, ()) if not operation.is_done), None)
+    def unseen(self, address: int) -> Operation | None:
+        """Work on the allocation at `address` that the host has not waited for, done or not."""
+        allocation = self._simulation.memory.find(address)
+        operations = [] if allocation is None else [operation for operation, _ in allocation.history]
+        return next((o for o in operations if o.clock[o.lane] > self._host_clock.get(o.lane, 0)), None)
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class Refitter:
         return not missing or self._fail(f"weights are missing: {', '.join(missing[:3])} ({len(missing)})")
 
     def _take_over(self) -> bool:
+        self._simulation.let_go(self._engine._state, "an engine is refitted", "race")
         self._engine._refit(self._given)
         self._engine._is_whole = True
         return True

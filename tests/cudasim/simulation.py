@@ -210,6 +210,12 @@ class Simulation:
             raise cuda_error(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
         return allocation
 
+    def let_go(self, address: int, what: str, kind: str = "destroyed") -> None:
+        """The host changes or frees memory on its own: all work on it must be done, and the host must know."""
+        unseen = None if self.lost is not None else self.schedule.unseen(address)
+        if unseen is not None:
+            self.report(kind, f"{what} at {call_site()} before the host has waited for {unseen}")
+
     def new_handle(self) -> int:
         self._next_handle += 0x10
         return self._next_handle

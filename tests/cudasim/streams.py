@@ -70,6 +70,7 @@ class Stream:
 
     @driver_call
     def sync(self) -> None:
+        self._check_open()
         self._sync()
 
     @driver_call
@@ -114,7 +115,6 @@ class Stream:
 
     def _sync(self) -> None:
         """Wait for all work so far."""
-        self._check_open()
         simulation = self._simulation
         if self._capture is not None:
             self._capture.invalidate()

@@ -200,11 +200,22 @@ def test_memory_freed_under_pending_work_of_another_stream_is_noticed(sequence: 
     assert "race" in kinds(sequence.simulation)
 
 
-def test_pinned_memory_freed_under_a_pending_copy_is_noticed(sequence: Sequence) -> None:
+@every_mood
+def test_pinned_memory_freed_under_a_pending_copy_is_noticed(seed: int) -> None:
+    sequence = Sequence(simulate(seed))
     sequence.draw(3)
     sequence.enqueue()
     sequence.pinned_out.close()  # waits for the default stream, as cuda.core does: not for ours
     assert "use after free" in kinds(sequence.simulation)
+
+
+@every_mood
+def test_a_context_destroyed_under_its_work_is_noticed(seed: int) -> None:
+    sequence = Sequence(simulate(seed))
+    sequence.draw(3)
+    sequence.enqueue()
+    sequence.double = None
+    assert "destroyed" in kinds(sequence.simulation)
 
 
 def test_a_replay_of_a_destroyed_context_is_noticed(sequence: Sequence) -> None:

@@ -164,6 +164,18 @@ def test_refitting_beside_an_execution_is_a_race() -> None:
     assert {hazard.kind for hazard in sequence.simulation.hazards} == {"race"}
 
 
+def test_refitting_at_once_needs_an_engine_at_rest() -> None:
+    sequence = Sequence(simulate())
+    _, refitter = refittable(sequence, refittable=True)
+    refitter.set_named_weights("w", np.full(NUM_VALUES, 5, np.float32))
+    sequence.draw(3)
+    assert refitter.refit_cuda_engine() and (sequence.draw(3) == 16).all()
+    assert not sequence.simulation.hazards
+    sequence.enqueue()
+    refitter.refit_cuda_engine()
+    assert {hazard.kind for hazard in sequence.simulation.hazards} == {"race"}
+
+
 def test_a_stripped_engine_runs_after_its_weights_came_back(tmp_path: Path) -> None:
     sequence = Sequence(simulate())
     _, refitter = refittable(sequence, stripped=True)
