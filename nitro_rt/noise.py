@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,20 @@ Float32 = NDArray[np.float32]
 
 def checked_seed(seed: object) -> int:
     """`seed` as an int from 0 to 2**64 - 1. Raises: ConfigError for bools, floats and anything out of range."""
-    if isinstance(seed, (bool, np.bool_)) or not isinstance(seed, SupportsIndex):
-        raise ConfigError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r} ({type(seed).__name__})")
-    number = operator.index(seed)
+    try:
+        number = _index(seed)
+    except TypeError:
+        raise ConfigError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r} ({type(seed).__name__})") from None
     if not 0 <= number <= MAX_SEED:
         raise ConfigError(f"seed {number} is out of range; seeds go from 0 to 2**64 - 1 ({MAX_SEED})")
     return number
+
+
+def _index(number: Any) -> int:
+    """`number` as an int. Raises: TypeError for bools and for what is no whole number."""
+    if isinstance(number, (bool, np.bool_)):
+        raise TypeError
+    return operator.index(number)
 
 
 class NoiseGenerator:

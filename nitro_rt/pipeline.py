@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 
-from nitro_rt import arguments
+from nitro_rt import arguments, executor
 from nitro_rt.bundle import Bundle, open_bundle
-from nitro_rt.errors import NitroError, PipelineClosed
-from nitro_rt.executor import DeviceOptions, open_executor
+from nitro_rt.errors import ConfigError, NitroError, PipelineClosed
+from nitro_rt.executor import DeviceOptions, Executor
 from nitro_rt.noise import draw_noise
 from nitro_rt.request import Float32, Ids, Request
 from nitro_rt.result import Result
@@ -39,10 +39,10 @@ class Pipeline:
 
     _worker: Worker | None = None
 
-    def __init__(self, bundle: Bundle, options: DeviceOptions, max_queue: int) -> None:
+    def __init__(self, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int) -> None:
         """Use `Pipeline.load`."""
         self.bundle = bundle
-        self._options, self._max_queue = options, arguments.checked_max_queue(max_queue)
+        self._open_executor, self._max_queue = open_executor, arguments.checked_max_queue(max_queue)
         self._tokenizers = tuple(Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers)
         self._reopening = threading.Lock()
         self._is_closed = False
@@ -76,16 +76,31 @@ class Pipeline:
         )
         bundle = open_bundle(folder)
         bundle.check_files()
-        return cls._opened(bundle, options, max_queue)
+        return cls._opened(bundle, partial(executor.open_executor, bundle, options), max_queue)
 
     @classmethod
-    def of(cls, bundle: Bundle, *, options: DeviceOptions | None = None, max_queue: int = MAX_QUEUE) -> Pipeline:
-        """Load the engines of an opened bundle, whose files are taken as they are; for the rest as `load`."""
-        return cls._opened(bundle, options or DeviceOptions(), max_queue)
+    def of(
+        cls,
+        bundle: Bundle,
+        *,
+        options: DeviceOptions | None = None,
+        max_queue: int = MAX_QUEUE,
+        open_executor: Callable[[], Executor] | None = None,
+    ) -> Pipeline:
+        """Load the engines of an opened bundle, whose files are taken as they are; for the rest as `load`.
+
+        Args:
+            open_executor: opens what draws in place of the bundle's own executor, on the thread that then uses it; it takes no
+                options.
+        """
+        if open_executor is not None and options is not None:
+            raise ConfigError("give options or open_executor, not both: an executor that is given takes no options")
+        opener = open_executor or partial(executor.open_executor, bundle, options)
+        return cls._opened(bundle, opener, max_queue)
 
     @classmethod
-    def _opened(cls, bundle: Bundle, options: DeviceOptions, max_queue: int) -> Pipeline:
-        pipe = cls(bundle, options, max_queue)
+    def _opened(cls, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int) -> Pipeline:
+        pipe = cls(bundle, open_executor, max_queue)
         try:
             _warn(pipe._running_worker().notes, ComputeTypeDiffers, stacklevel=4)
         except BaseException:  # a filter may turn a warning into an error
@@ -247,7 +262,7 @@ class Pipeline:
 
     def _open_worker(self) -> Worker:
         empty_ids_T = [tokenizer.encode("").ids for tokenizer in self._tokenizers]
-        return Worker(self.bundle, partial(open_executor, self.bundle, self._options), empty_ids_T, self._max_queue)
+        return Worker(self.bundle, self._open_executor, empty_ids_T, self._max_queue)
 
     def _running_worker(self) -> Worker:
         worker = self._worker
@@ -304,8 +319,9 @@ class Pipeline:
 
     def _tokenize(self, request: Request, stacklevel: int) -> tuple[Ids, Ids]:
         begin_s = time.perf_counter()
-        cuts = [message for prompt in request.prompts if (message := truncation_message(prompt, self._tokenizers))]
-        ids_BT, ids_2_BT = (tokenizer.encode_batch(request.prompts, request.num_rows) for tokenizer in self._tokenizers)
+        encoded = [[tokenizer.encode(prompt) for prompt in request.prompts] for tokenizer in self._tokenizers]
+        cuts = [message for both in zip(*encoded, strict=True) if (message := truncation_message(both))]
+        ids_BT, ids_2_BT = (np.array([prompt.ids for prompt in prompts], dtype=np.int64) for prompts in encoded)
         request.cuts = tuple(dict.fromkeys(cuts))
         request.timings_ms["tokenize"] = (time.perf_counter() - begin_s) * 1e3
         _warn(request.cuts, PromptTruncated, stacklevel + 1)

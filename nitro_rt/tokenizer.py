@@ -56,13 +56,12 @@ class Tokenizer:
         return np.array(rows, dtype=np.int64)
 
 
-def truncation_message(prompt: str, tokenizers: Sequence[Tokenizer]) -> str | None:
-    """What to warn about `prompt`, or None where every tokenizer takes it whole."""
-    for tokenizer in tokenizers:
-        encoded = tokenizer.encode(prompt)
+def truncation_message(encodings: Sequence[Encoded]) -> str | None:
+    """What to warn about a prompt, given as each tokenizer encodes it; None where all of them take it whole."""
+    for encoded in encodings:
         if encoded.cut:
             return (
-                f"the prompt has {encoded.num_tokens} tokens, the text encoder reads {tokenizer.spec.max_length}; "
+                f"the prompt has {encoded.num_tokens} tokens, the text encoder reads {len(encoded.ids)}; "
                 f"cut off and not drawn: {encoded.cut!r}"
             )
     return None

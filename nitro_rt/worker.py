@@ -219,8 +219,8 @@ class _Staging:
         self._batch = batch
         self._empty_ids_T = empty_ids_T
         self._ids_BT, self._ids_2_BT = (np.tile(np.array(ids, dtype=np.int64), (batch, 1)) for ids in empty_ids_T)
-        self._noise: dict[tuple[int, int], Float32] = {}
-        """By steps and size."""
+        self._noise: dict[tuple[int, int], tuple[Float32, int]] = {}
+        """By steps and size: the array, and how many of its rows are not zero."""
 
     def rows(self, batch: list[Request]) -> Rows:
         """Their rows, then empty prompts with zero noise. Valid until the next call."""
@@ -228,17 +228,18 @@ class _Staging:
         assert first.rows is not None
         if first.num_rows == self._batch:
             return first.rows  # a full batch by itself
-        noise_NBCHW = self._noise_like(first.rows[2], (first.num_steps, first.size_px))
+        shape = (first.num_steps, first.size_px)
+        noise_NBCHW, num_used = self._noise.get(shape) or (self._zeros_like(first.rows[2]), 0)
         end = 0
         for request in batch:
             assert request.rows is not None
             begin, end = end, end + request.num_rows
             self._ids_BT[begin:end], self._ids_2_BT[begin:end], noise_NBCHW[:, begin:end] = request.rows
-        self._ids_BT[end:], self._ids_2_BT[end:], noise_NBCHW[:, end:] = *self._empty_ids_T, 0
+        self._ids_BT[end:], self._ids_2_BT[end:] = self._empty_ids_T
+        noise_NBCHW[:, end:num_used] = 0
+        self._noise[shape] = (noise_NBCHW, end)
         return self._ids_BT, self._ids_2_BT, noise_NBCHW
 
-    def _noise_like(self, noise_NBCHW: Float32, shape: tuple[int, int]) -> Float32:
-        if shape not in self._noise:
-            num_steps, _, *sample_CHW = noise_NBCHW.shape
-            self._noise[shape] = np.zeros((num_steps, self._batch, *sample_CHW), dtype=np.float32)
-        return self._noise[shape]
+    def _zeros_like(self, noise_NBCHW: Float32) -> Float32:
+        num_steps, _, *sample_CHW = noise_NBCHW.shape
+        return np.zeros((num_steps, self._batch, *sample_CHW), dtype=np.float32)

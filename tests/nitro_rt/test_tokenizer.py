@@ -69,8 +69,12 @@ def test_a_batch_is_padded_with_the_empty_prompt(pair: tuple[object, Tokenizer])
 def test_the_cut_words_are_named(bundle_folder: Path) -> None:
     bundle = open_bundle(bundle_folder)
     tokenizers = [Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers]
-    assert truncation_message("a red apple " * 3 + "and", tokenizers) is None  # 10 tokens and two marks
-    message = truncation_message("a red apple " * 3 + "and Blue Pear", tokenizers)
+
+    def message_of(prompt: str) -> str | None:
+        return truncation_message([tokenizer.encode(prompt) for tokenizer in tokenizers])
+
+    assert message_of("a red apple " * 3 + "and") is None  # 10 tokens and two marks
+    message = message_of("a red apple " * 3 + "and Blue Pear")
     assert message is not None
     assert "14 tokens" in message and "reads 12" in message and "'Blue Pear'" in message
 
