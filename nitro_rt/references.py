@@ -6,6 +6,7 @@ Nothing here needs torch: the parent drew when the bundle was built, and its pic
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def compare_with_parent(pipe: Pipeline, num_steps: int) -> Comparison:
     Raises: BundleError if a reference is missing, damaged, of another size, or says nothing; EngineMismatch as the pipeline.
     """
     references = references_at(pipe.bundle, num_steps)
-    expected_NHW3 = _pictures(pipe.bundle, references)
+    expected_NHW3 = pictures(pipe.bundle, references)
     require_sound(expected_NHW3, f"{pipe.bundle.folder}, {num_steps} steps")
     return compare(_drawn(pipe, references, num_steps), expected_NHW3)
 
@@ -41,10 +42,14 @@ def limits_here(pipe: Pipeline, num_steps: int) -> QualityLimits:
     What it was held to when it was built, or less where this machine computes in a narrower type. A bundle published with
     --allow-quality-loss must come near to what it reached then.
     """
-    bundle = pipe.bundle
+    return limits_at(pipe.bundle, num_steps, pipe.compute_dtypes)
+
+
+def limits_at(bundle: Bundle, num_steps: int, compute_dtypes: Mapping[str, str]) -> QualityLimits:
+    """The same, where a pipeline in another process has told what its stages compute in."""
     found = result_of(bundle, num_steps)
     stages = ("text", f"denoise/{num_steps}", "decode")
-    dtypes = {stage: pipe.compute_dtypes[stage] for stage in stages}
+    dtypes = {stage: compute_dtypes[stage] for stage in stages}
     here = limits_of((engine.precision for stage, engine in bundle.engines() if stage in stages), dtypes.values())
     if found is None:
         return here
@@ -83,8 +88,8 @@ def _drawn(pipe: Pipeline, references: tuple[Reference, ...], num_steps: int) ->
     return np.stack([np.asarray(image) for image in images])
 
 
-def _pictures(bundle: Bundle, references: tuple[Reference, ...]) -> Images:
-    """[N, H, W, 3] uint8 from the bundle's PNG files."""
+def pictures(bundle: Bundle, references: tuple[Reference, ...]) -> Images:
+    """[N, H, W, 3] uint8 from the bundle's PNG files. Raises: BundleError if one is missing, damaged or of another size."""
     from PIL import Image
 
     side = bundle.manifest.sizes_px[0]

@@ -60,6 +60,9 @@ class Peer:
     """Environment variables for its process, beside those of this one."""
     how_to_make: str = "make peers"
     """The command that makes its environment."""
+    needs: tuple[str, ...] = ()
+    """For a peer that runs in the benchmark's own environment: the requirements whose closure is its footprint, such as
+    `diffusers[torch]`. Empty: its environment is its own, and all that is installed there counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,8 @@ class Loaded:
     load_ms: float
     capture_ms: float | None
     """CUDA graph capture or compilation, where the side has one and tells; not in `load_ms`."""
+    compute_dtypes: dict[str, str]
+    """By stage, where the side tells; ours does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +179,7 @@ class PeerProcess:
             import_ms=found["import_ms"],
             load_ms=found["load_ms"],
             capture_ms=found["capture_ms"],
+            compute_dtypes=found.get("compute_dtypes", {}),
         )
 
     def draw(self, request: DrawRequest, num_images: int = 1, save: Path | None = None) -> Drawn:

@@ -18,6 +18,7 @@ PEERS: dict[str, Peer] = {
             adapter=FOLDER / "diffusers_eager.py",
             python=Path(sys.executable),
             options={"dtype": "float32"},
+            needs=("diffusers[torch]", "transformers"),
         ),
     )
 }

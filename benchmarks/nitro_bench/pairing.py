@@ -1,0 +1,168 @@
+"""A peer beside us: our turn, its turn, our turn, its turn, in one run, so that both of a pair see the same machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nitro_bench.bench_report import ColdStart, PeerRun
+from nitro_bench.peer import Drawn, DrawRequest, Loaded, Memory, Peer, PeerFailed, PeerProcess
+from nitro_bench.samples import ratio_of, summary_of
+from nitro_bench.timing import median_cold_start
+from nitro_rt.quality import Images, limits_of, psnr_db
+
+PAUSE_S = 0.02
+"""Between turns: threads of torch and ONNX Runtime spin for a while after their work, and would spin into the other's turn."""
+TURN_MS, MAX_TURN = 250.0, 10
+"""A turn takes about so long, and has at most so many images: its median counts."""
+WARM_UP_IMAGES = 3
+"""Of the peer, before its first turn in a process; torch.compile and the like have worked at the first image already."""
+MIN_PAIRS = 6
+RULE = (
+    f"each side in processes of its own; ours and theirs take turns of about {TURN_MS:g} ms, at most {MAX_TURN} images, with "
+    f"{1e3 * PAUSE_S:g} ms between them; a pair is our turn's median over that of their turn which followed"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The turns that two processes took."""
+
+    ours_ms: tuple[float, ...]
+    theirs_ms: tuple[float, ...]
+    """Median image of each turn."""
+    their_images_ms: tuple[float, ...]
+    images_per_turn: int
+
+
+def take_turns(ours: PeerProcess, theirs: PeerProcess, draw: DrawRequest, num_pairs: int, images_per_turn: int) -> Pairs:
+    """Raises: PeerFailed with the name of the side that failed."""
+    turns: list[tuple[Drawn, Drawn]] = []
+    for _ in range(num_pairs):
+        left = ours.draw(draw, images_per_turn)
+        time.sleep(PAUSE_S)
+        turns.append((left, theirs.draw(draw, images_per_turn)))
+        time.sleep(PAUSE_S)
+    return Pairs(
+        ours_ms=tuple(statistics.median(left.image_ms) for left, _ in turns),
+        theirs_ms=tuple(statistics.median(right.image_ms) for _, right in turns),
+        their_images_ms=tuple(value for _, right in turns for value in right.image_ms),
+        images_per_turn=images_per_turn,
+    )
+
+
+def turn_length(ours_ms: float, theirs_ms: float) -> int:
+    """Images per turn: the faster side fills its turn, within reason for the slower."""
+    return max(1, min(MAX_TURN, math.ceil(TURN_MS / max(ours_ms, theirs_ms)), round(TURN_MS / min(ours_ms, theirs_ms))))
+
+
+def pairs_within(seconds: float, ours_ms: float, theirs_ms: float, most: int) -> int:
+    """As many pairs as fit, but enough for an interval."""
+    per_pair_s = turn_length(ours_ms, theirs_ms) * (ours_ms + theirs_ms) / 1e3 + 2 * PAUSE_S
+    return max(MIN_PAIRS, min(most, int(seconds / per_pair_s)))
+
+
+def needed_psnr_db(precisions: Iterable[str], our_dtypes: Iterable[str], their_dtype: str) -> float:
+    """How near two pictures must be when each may be so far from the float32 parent's as its precision allows.
+
+    Their errors add up at worst: amplitudes, not powers, since both may err the same way or the opposite.
+    """
+    floors = (limits_of(precisions, our_dtypes).psnr_db, limits_of((), (their_dtype,)).psnr_db)
+    return -20 * math.log10(sum(10 ** (-floor / 20) for floor in floors))
+
+
+def require_same_picture(peer: Peer, theirs_BHWC: Images, ours_BHWC: Images, needed_db: float) -> float:
+    """The PSNR of a peer's picture against ours. Raises: PeerFailed if it is another picture; it is not timed then."""
+    if theirs_BHWC.shape != ours_BHWC.shape:
+        raise PeerFailed(peer.name, f"draws {list(theirs_BHWC.shape)}, ours is {list(ours_BHWC.shape)}; not timed")
+    found = min(psnr_db(theirs, ours) for theirs, ours in zip(theirs_BHWC, ours_BHWC, strict=True))
+    if found < needed_db:
+        raise PeerFailed(peer.name, f"draws another picture: {found:.1f} dB from ours, {needed_db:.1f} are needed; not timed")
+    return found
+
+
+def drawn_by(process: PeerProcess, draw: DrawRequest, path: Path) -> tuple[Images, float]:
+    """The timed picture, [B, H, W, 3], and the median of a few images' milliseconds."""
+    times = process.draw(draw, WARM_UP_IMAGES, save=path).image_ms
+    return np.load(path), statistics.median(times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A peer that drew the right picture in its first process, which is not counted: it warmed the file cache."""
+
+    peer: Peer
+    loaded: Loaded
+    psnr_db: float
+    needed_db: float
+    image_ms: float
+
+
+def failed(subject: str, peer: Peer, reason: str) -> PeerRun:
+    """What the report says of a peer that was not timed."""
+    return PeerRun(
+        subject=subject,
+        name=peer.name,
+        title=peer.title,
+        status="failed",
+        reason=reason,
+        compute_dtype="",
+        versions={},
+        notes=(),
+        psnr_db=None,
+        psnr_needed_db=None,
+        ours_ms=(),
+        theirs_ms=(),
+        images_per_turn=0,
+        ratio=None,
+        summary=None,
+        cold_starts=(),
+        cold_start=None,
+        peak_rss_bytes=None,
+        device_peak_bytes=None,
+        installed_bytes=None,
+        model_bytes=None,
+    )
+
+
+def timed(
+    subject: str,
+    tried: Tried,
+    pairs: list[Pairs],
+    cold_starts: list[ColdStart],
+    memory: Memory,
+    installed_bytes: int | None,
+    model_bytes: int,
+) -> PeerRun:
+    """All turns of all processes together."""
+    ours_ms = tuple(value for part in pairs for value in part.ours_ms)
+    theirs_ms = tuple(value for part in pairs for value in part.theirs_ms)
+    return PeerRun(
+        subject=subject,
+        name=tried.peer.name,
+        title=tried.peer.title,
+        status="timed",
+        reason="",
+        compute_dtype=tried.loaded.compute_dtype,
+        versions=tried.loaded.versions,
+        notes=tried.loaded.notes,
+        psnr_db=tried.psnr_db,
+        psnr_needed_db=tried.needed_db,
+        ours_ms=ours_ms,
+        theirs_ms=theirs_ms,
+        images_per_turn=pairs[0].images_per_turn,
+        ratio=ratio_of(ours_ms, theirs_ms),
+        summary=summary_of([value for part in pairs for value in part.their_images_ms]),
+        cold_starts=tuple(cold_starts),
+        cold_start=median_cold_start(cold_starts),
+        peak_rss_bytes=memory.peak_rss_bytes,
+        device_peak_bytes=memory.device_peak_bytes,
+        installed_bytes=installed_bytes,
+        model_bytes=model_bytes,
+    )

@@ -1,0 +1,152 @@
+"""Times one subject: fresh processes one after another, each from its start over warm-up to its share of the images."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nitro_bench import yardstick
+from nitro_bench.bench_report import ENGINE_STAGES, ColdStart, Process, Throughput
+from nitro_bench.peer import Drawn, DrawRequest, Loaded, LoadRequest, Memory, Peer, PeerProcess
+from nitro_bench.samples import Summary, summary_of
+from nitro_bench.warmup import WarmUp, warm_up
+
+BLOCK_MS, MAX_BLOCK = 100.0, 10
+"""Between blocks of images the yardstick is measured; a block takes about so long, and has at most so many images."""
+THROUGHPUT_MS = 3000.0
+"""A level of concurrency draws for about so long, and at least two calls per thread."""
+SLOW_CALL_MS = 10_000.0
+"""Above this, one call per thread must do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A process that has drawn its first image."""
+
+    process: PeerProcess
+    loaded: Loaded
+    cold_start: ColdStart
+
+
+def start(peer: Peer, load: LoadRequest, draw: DrawRequest, timeout_s: float) -> Started:
+    """Start a process, load, draw one image. The caller closes it.
+
+    Raises: PeerFailed; the process is gone then.
+    """
+    process = PeerProcess(peer, timeout_s)
+    try:
+        loaded = process.load(load)
+        first = process.draw(draw)
+        memory = process.memory()
+    except BaseException:
+        process.close()
+        raise
+    cold_start = ColdStart(
+        start_ms=loaded.start_ms,
+        import_ms=loaded.import_ms,
+        load_ms=loaded.load_ms,
+        capture_ms=loaded.capture_ms,
+        first_image_ms=first.image_ms[0],
+        total_ms=first.since_start_ms,
+        peak_rss_bytes=memory.peak_rss_bytes,
+    )
+    return Started(process=process, loaded=loaded, cold_start=cold_start)
+
+
+def time_images(started: Started, draw: DrawRequest, num_images: int) -> Process:
+    """Warm up, then draw `num_images` in blocks with the yardstick before each. Raises: PeerFailed."""
+    process, blocks = started.process, []
+    warmed = warm_up(lambda count: process.draw(draw, count).image_ms, started.cold_start.first_image_ms)
+    per_block = images_per_block(statistics.median(process.draw(draw, 2).image_ms))
+    yardsticks, left = [], num_images
+    while left > 0:
+        yardsticks.append(yardstick.measure())
+        blocks.append(process.draw(draw, min(per_block, left)))
+        left -= per_block
+    return _process(started.cold_start, warmed, blocks, yardsticks, per_block)
+
+
+def images_per_block(image_ms: float) -> int:
+    return max(1, min(MAX_BLOCK, round(BLOCK_MS / image_ms)))
+
+
+def throughput(process: PeerProcess, draw: DrawRequest, levels: Iterable[int], image_ms: float) -> tuple[Throughput, ...]:
+    """Calls a second, for each number of threads. Raises: PeerFailed."""
+    found = []
+    for num_threads in levels:
+        num_calls = num_threads * (1 if image_ms > SLOW_CALL_MS else 2)
+        num_calls = max(num_calls, math.ceil(THROUGHPUT_MS / image_ms))
+        seconds = process.throughput_s(draw, num_threads, num_calls)
+        images_per_s = num_calls * len(draw.prompts) / seconds
+        found.append(Throughput(num_threads=num_threads, num_calls=num_calls, seconds=seconds, images_per_s=images_per_s))
+    return tuple(found)
+
+
+def median_cold_start(starts: Sequence[ColdStart]) -> ColdStart:
+    """Each figure's own median; the process nearest to it need not exist."""
+    captures = [start.capture_ms for start in starts if start.capture_ms is not None]
+    peaks = [start.peak_rss_bytes for start in starts if start.peak_rss_bytes is not None]
+    return ColdStart(
+        start_ms=statistics.median(start.start_ms for start in starts),
+        import_ms=statistics.median(start.import_ms for start in starts),
+        load_ms=statistics.median(start.load_ms for start in starts),
+        capture_ms=statistics.median(captures) if captures else None,
+        first_image_ms=statistics.median(start.first_image_ms for start in starts),
+        total_ms=statistics.median(start.total_ms for start in starts),
+        peak_rss_bytes=int(statistics.median(peaks)) if peaks else None,
+    )
+
+
+def summaries(processes: Sequence[Process]) -> dict[str, Summary]:
+    """The figures of every stage, of the whole, of what is spent outside the engines, and of processor time."""
+    stages = dict.fromkeys(stage for process in processes for stage in process.stages_ms)
+    found = {stage: [value for process in processes for value in process.stages_ms[stage]] for stage in stages}
+    found["total"] = [value for process in processes for value in process.total_ms]
+    found["outside_engines"] = outside_ms(processes)
+    found["cpu"] = [value for process in processes for value in process.cpu_ms]
+    return {name: summary_of(values) for name, values in found.items()}
+
+
+def outside_ms(processes: Iterable[Process]) -> list[float]:
+    """Of each image, the time that is no engine's: tokens, noise, buffers, Python, pictures."""
+    return [
+        total - sum(process.stages_ms[stage][index] for stage in engine_stages(process))
+        for process in processes
+        for index, total in enumerate(process.total_ms)
+    ]
+
+
+def engine_stages(process: Process) -> tuple[str, ...]:
+    """A device bundle times everything from the first upload to the last download as one."""
+    return ("device",) if "device" in process.stages_ms else ENGINE_STAGES
+
+
+def outside_share(processes: Sequence[Process]) -> float:
+    totals = [value for process in processes for value in process.total_ms]
+    return statistics.median(outside / total for outside, total in zip(outside_ms(processes), totals, strict=True))
+
+
+def _process(
+    cold_start: ColdStart, warmed: WarmUp, blocks: Sequence[Drawn], yardsticks: Sequence[yardstick.Yardstick], per_block: int
+) -> Process:
+    timings = [timing for block in blocks for timing in block.timings_ms]
+    # `load` is there where an engine was loaded in the call, which warm-up has seen to.
+    stages = [stage for stage in timings[0] if stage != "total"]
+    return Process(
+        cold_start=cold_start,
+        warm_up=warmed,
+        total_ms=tuple(timing["total"] for timing in timings),
+        cpu_ms=tuple(value for block in blocks for value in block.cpu_ms),
+        stages_ms={stage: tuple(timing[stage] for timing in timings) for stage in stages},
+        yardstick_ms=tuple(measured.wall_ms for measured in yardsticks),
+        yardstick_cpu_ms=tuple(measured.cpu_ms for measured in yardsticks),
+        images_per_block=per_block,
+    )
+
+
+def peaks(memory: Memory) -> tuple[int | None, int | None, str]:
+    """Host peak, device peak, and why there is no device peak."""
+    note = "" if memory.device_peak_bytes is not None else "this backend has no device memory, or does not tell"
+    return memory.peak_rss_bytes, memory.device_peak_bytes, note
