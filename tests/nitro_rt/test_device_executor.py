@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_worlds import World, real, simulated
 
+from device_worlds import World, real, simulated
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device_executor import DeviceExecutor
 from nitro_rt.errors import BackendUnavailable, CaptureError, ConfigError, DeviceLost, EngineMismatch, ShapeError
