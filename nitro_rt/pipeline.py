@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 
+import numpy as np
+
 from nitro_rt import arguments, executor
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.errors import ConfigError, NitroError, PipelineClosed
