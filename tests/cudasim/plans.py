@@ -62,7 +62,7 @@ def write_plan(
     min_driver_version: int = 13000,
 ) -> bytes:
     """A plan that runs an ONNX graph, whose external weights it takes in."""
-    model = onnx.load(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
+    model = whole_graph(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
     if stripped:
         for tensor in model.graph.initializer:
             if tensor.data_type in FLOATS:
@@ -83,6 +83,20 @@ def write_plan(
     written = MAGIC + json.dumps(dataclasses.asdict(header), sort_keys=True).encode()
     assert len(written) <= HEADER_BYTES, "too many compute capabilities"
     return written.ljust(HEADER_BYTES) + content
+
+
+def whole_graph(path: Path) -> onnx.ModelProto:
+    """The graph with its external weights inside. onnx's own loader takes our bundles' hard links for an attack."""
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            with (path.parent / entries["location"]).open("rb") as file:
+                file.seek(int(entries.get("offset", 0)))
+                tensor.raw_data = file.read(int(entries.get("length", -1)))
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
+    return model
 
 
 def read_header(content: bytes) -> PlanHeader:
@@ -120,7 +134,7 @@ def device_bundle(
     capabilities = tuple(f"{name[2:-1]}.{name[-1]}" for name in targets.split())
 
     def as_plan(engine: m.Engine, is_stripped: bool = False) -> m.Engine:
-        graph = onnx.load(source / engine.files[0].path)
+        graph = whole_graph(source / engine.files[0].path)
         content = graph.SerializeToString(deterministic=True)
         written = write_plan(content, backend=backend, compute_capabilities=capabilities, stripped=is_stripped, **plan)
         stored = [_store(files, written, ".plan")]

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from cudasim.memory import Access
 from cudasim.operations import Operation, Work
+from cudasim.plans import whole_graph
 from cudasim.sessions import Arrays, float_weights
 from cudasim.simulation import call_site
 
@@ -104,7 +105,7 @@ class OnnxParserRefitter:
         if not path.is_file():
             self._logger.log(real.ILogger.ERROR, f"{path} is not there")
             return False
-        return self._refit(onnx.load(path))
+        return self._refit(whole_graph(path))
 
     def refit_from_bytes(self, model: Any, path: str | None = None) -> bool:
         return self._refit(onnx.load_from_string(bytes(model)))

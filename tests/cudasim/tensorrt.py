@@ -70,10 +70,6 @@ class Runtime:
     def logger(self) -> real.ILogger:
         return self._logger
 
-    @property
-    def engine_header_size(self) -> int:
-        return HEADER_BYTES
-
     def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
         """The engine; None where the plan is not for this machine, with the reason in the log."""
         simulation = self._simulation
@@ -122,6 +118,10 @@ class RtxRuntime(Runtime):
     """TensorRT-RTX's, which also says why a plan is not for this machine."""
 
     _backend = "tensorrt-rtx"
+
+    @property
+    def engine_header_size(self) -> int:
+        return HEADER_BYTES
 
     def get_engine_validity(self, buffer: Any) -> tuple[real.EngineValidity, int]:
         """(validity, `EngineInvalidityDiagnostics` or-ed), from the first `engine_header_size` bytes of a plan."""

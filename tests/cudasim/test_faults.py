@@ -80,6 +80,30 @@ def test_the_adversary_uses_its_freedom() -> None:
     assert orders == {True, False}
 
 
+def test_two_replays_of_one_graph_follow_each_other_whatever_their_streams(sequence: Sequence) -> None:
+    sequence.draw(3)
+    sequence.capture()
+    sequence.graph.launch(sequence.main)
+    sequence.graph.launch(sequence.side)
+    sequence.simulation.check()
+
+
+@pytest.mark.parametrize("nonblocking", [False, True])
+def test_the_default_stream_waits_for_blocking_streams_only(sequence: Sequence, nonblocking: bool) -> None:
+    cuda = sequence.simulation.cuda
+    stream = cuda.Device(0).create_stream(options=cuda.StreamOptions(nonblocking=nonblocking))
+    stream.wait(sequence.main)
+    for queue in (stream, cuda.LEGACY_DEFAULT_STREAM, stream):
+        sequence.x.fill(0, stream=queue)
+    assert kinds(sequence.simulation) == ({"race"} if nonblocking else set())
+
+
+def test_an_eager_device_is_done_before_anybody_waits() -> None:
+    sequence = Sequence(simulate(MOODS.index("eager")))
+    sequence.enqueue()
+    assert sequence.events[1].is_done
+
+
 # --- missing order ----------------------------------------------------------------------------------------------------
 
 
