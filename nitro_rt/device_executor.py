@@ -23,17 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nitro_rt.bundle import Bundle
+from nitro_rt.bundle import STAGE_INPUTS, Bundle
 from nitro_rt.cuda_graph import BindingState, CudaGraph
 from nitro_rt.device_errors import device_errors
 from nitro_rt.device_memory import ALIGNMENT_BYTES, DeviceBlock, DeviceMemory, PinnedBlock, aligned
 from nitro_rt.device_modules import DeviceModules, load_modules
 from nitro_rt.diagnosis import diagnose, require_machine
-from nitro_rt.errors import CaptureError
+from nitro_rt.errors import CaptureError, ConfigError
 from nitro_rt.executor import DeviceOptions, Drawing
 from nitro_rt.manifest import Engine, TensorSpec
 from nitro_rt.noise import draw_noise
 from nitro_rt.runtime_cache import runtime_cache_file
+from nitro_rt.session import Array
 from nitro_rt.tensorrt_engine import TensorRtEngine, TensorRtRuntime
 
 
@@ -62,6 +63,7 @@ class DeviceExecutor:
         self._engines: dict[str, TensorRtEngine] = {}
         self._compute_dtypes: dict[str, str] = {}
         self._weights = 0
+        self._refitted: dict[str, dict[str, Array]] = {}
         self._scratch: Any = None
         self._memory: DeviceMemory | None = None
         self._runtime: TensorRtRuntime | None = None
@@ -133,6 +135,26 @@ class DeviceExecutor:
             finite=bool(np.isfinite(views["next_latents"]).all()),
         )
 
+    def refit(self, weights: Mapping[str, Mapping[str, Array]]) -> None:
+        """Exchange weights of the engines, all or none; engines that are loaded later get them too.
+
+        Args:
+            weights: `text`, `denoise` or `decode` -> the ONNX graph's initializer -> its values, in the graph's type and
+                shape. What is not named stays as it is.
+        Raises: EngineMismatch if an engine was not built for it or a value does not fit; ConfigError for another stage.
+        """
+        unknown = set(weights) - set(STAGE_INPUTS)
+        if unknown:
+            raise ConfigError(f"there is no stage {min(unknown)!r} to refit; available: {', '.join(STAGE_INPUTS)}")
+        with device_errors(f"refitting {self._bundle.folder}"):
+            refitted = [(engine, weights.get(_kind(stage), {})) for stage, engine in self._engines.items()]
+            set_ = [(engine, engine.set_weights(new)) for engine, new in refitted if new]
+            for engine, refitter in set_:
+                engine.take_weights(refitter)
+        for kind, new in weights.items():
+            self._refitted.setdefault(kind, {}).update(new)
+        self._weights += 1
+
     def close(self) -> None:
         """Wait for the stream and free everything. Also after a lost device: what cannot be freed any more is let go of."""
         with suppress(Exception):  # a lost device fails here, and all that follows must be let go of nevertheless
@@ -176,7 +198,9 @@ class DeviceExecutor:
         if stage not in self._engines:
             assert self._runtime is not None
             paths = tuple(self._bundle.path(reference) for reference in engine.files)
-            self._engines[stage] = self._runtime.load(stage, engine, paths)
+            loaded = self._engines[stage] = self._runtime.load(stage, engine, paths)
+            if new := self._refitted.get(_kind(stage)):
+                loaded.take_weights(loaded.set_weights(new))
             self._compute_dtypes[stage] = engine.compute_dtype
         return self._engines[stage]
 
@@ -345,6 +369,11 @@ class _Program:
             yield denoise, tensors | embeds
             latents = written
         yield decode, {"latents": latents, "images": downloaded["images"]}
+
+
+def _kind(stage: str) -> str:
+    """denoise/2@1024 -> denoise"""
+    return stage.partition("/")[0].partition("@")[0]
 
 
 def _difference(left: NDArray[Any], right: NDArray[Any]) -> float:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nitro_rt.device_modules import DeviceModules
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.manifest import Engine, TensorSpec
 from nitro_rt.runtime_cache import RuntimeCache
-from nitro_rt.session import check_specs
+from nitro_rt.session import Array, check_specs
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 """TensorRT's names of what a bundle's tensors are made of."""
@@ -57,6 +59,9 @@ class TensorRtRuntime:
             self._take_weights(stage, loaded, paths)
         return TensorRtEngine(stage, loaded, self._context(stage, loaded), self)
 
+    def refitter(self, engine: Any) -> Any:
+        return self._trt.Refitter(engine, self.logger)
+
     def said(self) -> str:
         """What TensorRT logged last, in one line."""
         return "; ".join(dict.fromkeys(self.messages)) or "it gave no reason"
@@ -94,7 +99,7 @@ class TensorRtRuntime:
 
     def _take_weights(self, stage: str, loaded: Any, paths: tuple[Path, ...]) -> None:
         """Fill a plan without weights from the graph that it was built from; step counts share these files."""
-        refitter = self._trt.Refitter(loaded, self.logger)
+        refitter = self.refitter(loaded)
         taken = self._trt.OnnxParserRefitter(refitter, self.logger).refit_from_file(str(paths[1]))
         if not (taken and refitter.refit_cuda_engine()):
             raise EngineMismatch(f"{self._name} cannot take the weights of {stage} from {paths[1]}: {self.said()}; build again")
@@ -131,6 +136,27 @@ class TensorRtEngine:
                 raise EngineMismatch(f"{self.stage} does not take {name} at its address: {self._runtime.said()}")
         if not context.execute_async_v3(stream_handle):
             raise EngineMismatch(f"{self.stage} did not start: {self._runtime.said()}")
+
+    def set_weights(self, weights: Mapping[str, Array]) -> Any:
+        """Hand new weights over, by the names of the ONNX graph's initializers; nothing changes yet.
+
+        Returns: what `take_weights` wants.
+        Raises: EngineMismatch if the plan was not built to be refitted, or one of them does not fit it.
+        """
+        runtime = self._runtime
+        try:
+            refitter = runtime.refitter(self._engine)
+        except Exception as exc:  # TensorRT's bindings raise a bare RuntimeError or TypeError for a null refitter
+            raise EngineMismatch(f"{self.stage} takes no new weights: {runtime.said()}; build with --refit") from exc
+        for name, values in weights.items():
+            if not refitter.set_named_weights(name, np.ascontiguousarray(values)):
+                raise EngineMismatch(f"{self.stage} does not take {name} {values.dtype} {list(values.shape)}: {runtime.said()}")
+        return refitter
+
+    def take_weights(self, refitter: Any) -> None:
+        """Exchange the weights that were set; the stream must be idle. Raises: EngineMismatch with TensorRT's own words."""
+        if not refitter.refit_cuda_engine():
+            raise EngineMismatch(f"{self.stage} did not take its new weights: {self._runtime.said()}; load the bundle again")
 
     def close(self) -> None:
         """Free the context and the weights. A second call does nothing."""

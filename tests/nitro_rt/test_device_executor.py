@@ -280,6 +280,49 @@ def test_plans_without_weights_take_them_from_the_graph_beside_them(onnx_bundle:
     assert not world.open_things()
 
 
+def test_refitting_is_reversible(onnx_bundle: Path, expected: Any, tmp_path: Path) -> None:
+    """A, B and A again: the same image as the first, also in a denoiser that is loaded between."""
+    world = simulated("tensorrt")
+    executor = opened(world, world.bundle(onnx_bundle, tmp_path / "b", refittable=True))
+    executor.prepare(1, SIZE)
+    bundle = executor._bundle
+
+    def images(steps: int) -> Any:
+        executor.prepare(steps, SIZE)
+        return executor.draw(steps, SIZE, *inputs(bundle, steps, 7)).images_BHWC
+
+    base = np.float32(0.5)
+    other = {"denoise": {"half": np.asarray(0.75, np.float32)}, "decode": {"gain": np.asarray(32, np.float32)}}
+    executor.refit(other)
+    assert not np.array_equal(images(1), expected(1, 7).images_BHWC)
+    assert not np.array_equal(images(2), expected(2, 7).images_BHWC)
+    executor.refit({"denoise": {"half": np.asarray(base)}, "decode": {"gain": np.asarray(64, np.float32)}})
+    for steps in (1, 2, 3):
+        world.assert_same(images(steps), expected(steps, 7).images_BHWC)
+    assert executor.captures["weights changed"] >= 2
+    world.check()
+    executor.close()
+
+
+def test_refitting_is_all_or_nothing(onnx_bundle: Path, expected: Any, tmp_path: Path) -> None:
+    world = simulated("tensorrt")
+    executor = opened(world, world.bundle(onnx_bundle, tmp_path / "b", refittable=True))
+    executor.prepare(1, SIZE)
+    good = {"half": np.asarray(0.75, np.float32)}
+    with pytest.raises(EngineMismatch, match="decode does not take absent float32 .*absent"):
+        executor.refit({"denoise": good, "decode": {"absent": np.asarray(1, np.float32)}})
+    with pytest.raises(ConfigError, match="there is no stage 'unet' to refit; available: text, denoise, decode"):
+        executor.refit({"unet": good})
+    drawing = executor.draw(1, SIZE, *inputs(executor._bundle, 1, 7))
+    world.assert_same(drawing.images_BHWC, expected(1, 7).images_BHWC)
+    executor.close()
+    fixed = opened(world, world.bundle(onnx_bundle, tmp_path / "fixed"))
+    fixed.prepare(1, SIZE)
+    with pytest.raises(EngineMismatch, match="denoise/1 takes no new weights: .*; build with --refit"):
+        fixed.refit({"denoise": good})
+    fixed.close()
+
+
 @pytest.mark.parametrize("at", [1, 3, 20])
 def test_a_lost_device(at: int, onnx_bundle: Path, tmp_path: Path) -> None:
     world = simulated()

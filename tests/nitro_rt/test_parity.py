@@ -18,9 +18,12 @@ import pytest
 from numpy.typing import NDArray
 
 from checkpoints import make_tiny_sdxl
+from device_worlds import simulated
 from nitro_engines import BuildRequest, EngineCache, build
 from nitro_rt import Pipeline
+from nitro_rt.bundle import open_bundle
 from nitro_rt.cli import main
+from nitro_rt.device_executor import DeviceExecutor
 from nitro_rt.schedule import grid
 from oracle import oracle_images
 
@@ -115,6 +118,22 @@ def test_fp16_images_equal_diffusers(backend: str, checkpoint: Path, bundle_of: 
     with Pipeline.load(bundle_of(backend, shift=500, batch=1, precision="fp16")) as pipe:
         for steps in STEPS:
             _check(pipe, checkpoint, PROMPTS[:1], seed=0, steps=steps, shift=500)
+
+
+@pytest.mark.parametrize("seed_of_order", [0, 2], ids=["lazy", "newest first"])
+def test_the_device_executor_draws_what_the_host_draws(seed_of_order: int, bundle_of: BundleOf, tmp_path: Path) -> None:
+    """A whole network's engines on the simulated GPU: the last rung that needs none."""
+    folder = bundle_of("onnxruntime", shift=250, batch=3)
+    world = simulated("tensorrt", seed_of_order)
+    bundle = open_bundle(world.bundle(folder, tmp_path / "bundle"))
+    with (
+        Pipeline.load(folder) as host,
+        Pipeline.of(bundle, open_executor=lambda: DeviceExecutor(bundle, None, world.modules)) as device,
+    ):
+        for steps in STEPS:
+            found, expected = (_pixels(pipe, PROMPTS, seed=3, steps=steps) for pipe in (device, host))
+            assert np.array_equal(found, expected)
+    world.check()
 
 
 def test_a_seed_per_prompt_equals_diffusers_one_by_one(checkpoint: Path, bundle_of: BundleOf) -> None:
