@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,16 @@ def _index(number: Any) -> int:
 class NoiseGenerator:
     """A stream of normal noise; each draw continues where the last one stopped, as a `torch.Generator` does."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, twister: np.random.RandomState | None = None) -> None:
+        """
+        Args:
+            twister: seeded and used in place of a new one; nobody else may draw from it as long as this one does.
+        """
         self.seed = checked_seed(seed)
         # RandomState's seeding is MT19937's init_genrand, as torch's is, and its stream is frozen by NumPy's policy
         # (np.random.default_rng would hash the seed first).
-        self._twister = np.random.RandomState(self.seed & 0xFFFFFFFF)
+        self._twister = np.random.RandomState(0) if twister is None else twister
+        self._twister.seed(self.seed & 0xFFFFFFFF)
         self._left_over: float | None = None
 
     def normal(self, shape: Sequence[int]) -> Float32:
@@ -102,6 +108,17 @@ def _box_muller(uniforms: Float32) -> Float32:
     return np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=1).reshape(-1)
 
 
+_THREAD = threading.local()
+
+
+def _own_twister() -> np.random.RandomState:
+    """The calling thread's, made once: making one takes 0.2 ms, as long as all noise of a 256-pixel image."""
+    if not hasattr(_THREAD, "twister"):
+        _THREAD.twister = np.random.RandomState(0)
+    twister: np.random.RandomState = _THREAD.twister
+    return twister
+
+
 def draw_noise(seeds: int | Sequence[int], num_steps: int, num_images: int, batch: int, sample_CHW: Sequence[int]) -> Float32:
     """All noise of one call, in the order in which diffusers draws it.
 
@@ -115,12 +132,14 @@ def draw_noise(seeds: int | Sequence[int], num_steps: int, num_images: int, batc
         the last step mixes none.
     """
     noise_NBCHW = np.zeros((num_steps, batch, *sample_CHW), dtype=np.float32)
+    twister = _own_twister()
     if isinstance(seeds, int):
-        generator = NoiseGenerator(seeds)
+        generator = NoiseGenerator(seeds, twister)
         for step in range(num_steps):
             noise_NBCHW[step, :num_images] = generator.normal((num_images, *sample_CHW))
         return noise_NBCHW
-    for row, generator in enumerate([NoiseGenerator(seed) for seed in seeds]):
+    for row, seed in enumerate(seeds):
+        generator = NoiseGenerator(seed, twister)
         for step in range(num_steps):
             noise_NBCHW[step, row] = generator.normal((1, *sample_CHW))[0]
     return noise_NBCHW

@@ -65,7 +65,7 @@ class Worker:
     @property
     def is_current_thread(self) -> bool:
         """Whether the caller runs on the worker's thread, as the callbacks of futures do."""
-        return threading.get_ident() == self._thread.ident
+        return threading.current_thread() is self._thread  # not by its number: the next thread may get that of a dead one
 
     def close(self, *, wait: bool) -> None:
         """Refuse new requests, draw those that wait (or refuse them too), free everything, and end the thread.
