@@ -105,7 +105,7 @@ class RequestQueue:
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that closes may run inside of any call here
         self._places: set[Request] = set()
         """Those that are being made ready, or wait in line."""
         self._outside: deque[Request] = deque()

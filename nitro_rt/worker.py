@@ -111,6 +111,8 @@ class Worker:
         try:
             self._serve(executor)
         finally:
+            if not self.has_stopped:
+                self.queue.refuse(self.closed_error, waiting=True)  # who came in while it ended would wait for ever
             self._free(executor)
             atexit.unregister(self._end_at_exit)
 

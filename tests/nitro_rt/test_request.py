@@ -168,3 +168,21 @@ def test_errors_and_results_let_go_of_the_noise() -> None:
     result: Any = object()
     done.finish(result)
     assert failed.rows is None and done.rows is None and done.result() is result
+
+
+def test_a_signal_handler_may_close_in_the_middle_of_any_call() -> None:
+    """It runs between two instructions of the main thread, so it finds the lock taken by its own thread."""
+
+    class Interrupted(set[Request]):
+        def add(self, each: Request) -> None:
+            queue.refuse(closed, waiting=True)
+            queue.end()
+            super().add(each)
+
+    queue = RequestQueue(1)
+    queue._places = Interrupted()
+    late = request()
+    queue.enter(late, wait=False)
+    with pytest.raises(PipelineClosed):
+        queue.line_up(late)
+    assert queue.take(1) == []

@@ -226,6 +226,16 @@ def test_a_second_closer_may_lose_patience(pipe: Pipeline, watched: WatchedExecu
     assert [event for event, _ in watched.events] == ["open", "close"]
 
 
+def test_who_comes_in_while_the_thread_ends_is_refused(pipe: Pipeline, watched: WatchedExecutor) -> None:
+    worker, late = pipe._worker, pipe._request("a dog", 0, None, None, None, None, None)
+    assert worker is not None
+    worker.queue.enter(late, wait=False)  # it has its place, and is not in line when the end comes
+    worker.queue.end()
+    assert isinstance(late.exception(PATIENCE_S), PipelineClosed)
+    with pytest.raises(PipelineClosed):
+        worker.queue.line_up(late)
+
+
 def test_an_exception_in_the_with_block_does_not_wait_for_the_queue(bundle: Bundle, watched: WatchedExecutor) -> None:
     with pytest.raises(KeyError), Pipeline.of(bundle, open_executor=watched.open) as pipeline:
         hold(pipeline, watched)
