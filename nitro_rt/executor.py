@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import BackendUnavailable, BundleError, ConfigError
+from nitro_rt.providers import GPU_PROVIDERS, provider_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,12 @@ class Executor(Protocol):
     ) -> Drawing:
         """One full batch. `noise_NBCHW[0]` is the first latents, `[k]` the noise that step k - 1 mixes in."""
 
+    def refit(self, weights: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+        """Exchange weights of the engines, all or none: stage kind -> initializer -> values.
+
+        Raises: EngineMismatch if the engines cannot take them.
+        """
+
     def close(self) -> None:
         """Release engines and buffers. A second call does nothing."""
 
@@ -89,6 +96,8 @@ def open_executor(bundle: Bundle, options: DeviceOptions | None = None) -> Execu
         from nitro_rt.device_executor import DeviceExecutor
 
         return DeviceExecutor(bundle, options)
+    if provider_of(bundle) in GPU_PROVIDERS:
+        return _onnxruntime_on_gpu(bundle, options)
     factory = EXECUTORS.get(bundle.backend)
     if factory is None:
         known = ", ".join((*EXECUTORS, *DEVICE_BACKENDS))
@@ -116,6 +125,14 @@ def _onnxruntime(bundle: Bundle) -> Executor:
     from nitro_rt.host_executor import HostExecutor
 
     return HostExecutor(bundle, OnnxRuntimeSession)
+
+
+def _onnxruntime_on_gpu(bundle: Bundle, options: DeviceOptions | None) -> Executor:
+    try:
+        from nitro_rt.onnxruntime_executor import OnnxRuntimeExecutor
+    except ImportError as exc:
+        raise BackendUnavailable(f"{bundle.folder} runs on ONNX Runtime, {exc}; pip install 'nitro-rt[cuda]'") from exc
+    return OnnxRuntimeExecutor(bundle, options)
 
 
 def _reference(bundle: Bundle) -> Executor:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nitro_rt.bundle import Bundle
+from nitro_rt.errors import EngineMismatch
 from nitro_rt.executor import Drawing
 from nitro_rt.manifest import Engine
 from nitro_rt.session import Array, Session, SessionFactory
@@ -78,6 +79,12 @@ class HostExecutor:
             sized.decode.execute()
         finite = bool(np.isfinite(sized.buffers["next_latents"]).all())
         return Drawing(images_BHWC=sized.buffers["images"].copy(), timings_ms=timings_ms, finite=finite)
+
+    def refit(self, weights: Mapping[str, Mapping[str, Array]]) -> None:
+        raise EngineMismatch(
+            f"{self._bundle.folder} runs on {self._bundle.backend}, whose engines take no new weights; fuse LoRAs when it is "
+            "built: nitro-rt build --lora FILE"
+        )
 
     def close(self) -> None:
         self._sessions.close()

@@ -7,19 +7,21 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nitro_rt import arguments, executor
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.errors import ConfigError, NitroError, PipelineClosed
 from nitro_rt.executor import DeviceOptions, Executor
 from nitro_rt.noise import draw_noise
-from nitro_rt.request import Float32, Ids, Request
+from nitro_rt.request import Errand, Float32, Ids, Request
 from nitro_rt.result import Result
 from nitro_rt.tokenizer import PromptTruncated, Tokenizer, truncation_message
 from nitro_rt.worker import Worker
@@ -213,6 +215,28 @@ class Pipeline:
     def compute_dtypes(self) -> dict[str, str]:
         """Loaded stage (`text`, `denoise/1`, `decode`) -> what it computes in on this machine; empty when closed."""
         return {} if self._worker is None else dict(self._worker.compute_dtypes)
+
+    def refit(self, weights: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+        """Exchange weights of the loaded engines, all or none, after what is queued now and before what comes later.
+
+        `nitro_engines.lora_refit.LoraRefit` makes them of LoRAs.
+
+        Args:
+            weights: `text`, `denoise` or `decode` -> the ONNX graph's initializer -> values, in its type and shape.
+        Raises: EngineMismatch where the engines do not fit them or were not built to be refitted, ConfigError for an unknown
+            stage, PipelineClosed, DeviceLost.
+        """
+        errand = Errand(lambda executor: executor.refit(weights))
+        worker = self._running_worker()
+        try:
+            worker.queue.enter(errand, wait=True)
+            if errand.admission is not None:
+                errand.admission.result()
+            worker.queue.line_up(errand)
+            errand.wait()
+        except BaseException:
+            errand.cancel()
+            raise
 
     def close(self, *, wait: bool = True) -> None:
         """Release engines and buffers, and end the pipeline's thread. A second call does nothing; any thread may call.

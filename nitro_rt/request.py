@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nitro_rt.errors import DeadlineExceeded, NitroError, QueueFull
+from nitro_rt.executor import Executor
 from nitro_rt.result import Result
 
 Float32 = NDArray[np.float32]
@@ -94,6 +95,20 @@ class Request(Future[Result]):
     def fail(self, error: BaseException) -> None:
         self.rows = None
         self.set_exception(error)
+
+
+class Errand(Request):
+    """Something else for the thread that draws: done after all requests that came before, and before those that come after."""
+
+    def __init__(self, run: Callable[[Executor], None]) -> None:
+        super().__init__(prompts=(), seed=0, num_steps=0, size_px=0, start_s=time.perf_counter(), deadline_s=None)
+        self.run = run
+
+    def wait(self) -> None:
+        """Raises: what `run` raised, or why it was not called."""
+        error = self.exception()
+        if error is not None:
+            raise error
 
 
 class RequestQueue:
@@ -206,18 +221,19 @@ class RequestQueue:
         batch: list[Request] = []
         late: list[Request] = []
         kept: list[Request] = []
-        free_rows, now_s = max_rows, time.perf_counter()
+        free_rows, now_s, errand_waits = max_rows, time.perf_counter(), False
         with self._lock:
             for request in self._line:
                 if request not in self._places:
                     continue
                 if request.is_late(now_s):
                     late.append(request)
-                elif not batch or _share(batch[0], request) and request.num_rows <= free_rows:
+                elif not batch or not errand_waits and _share(batch[0], request) and request.num_rows <= free_rows:
                     batch.append(request)
                     free_rows -= request.num_rows
                 else:
                     kept.append(request)
+                    errand_waits |= isinstance(request, Errand)
                     if _share(batch[0], request):
                         free_rows = 0
             self._line = kept
@@ -239,4 +255,6 @@ class RequestQueue:
 
 def _share(first: Request, second: Request) -> bool:
     """Whether one call of the executor can draw both."""
+    if isinstance(first, Errand) or isinstance(second, Errand):
+        return False
     return first.num_steps == second.num_steps and first.size_px == second.size_px

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any, cast
 
 import numpy as np
 
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import DeviceLost, EngineMismatch, NitroError, PipelineClosed
 from nitro_rt.executor import Executor
-from nitro_rt.request import Float32, Request, RequestQueue, Rows
+from nitro_rt.request import Errand, Float32, Request, RequestQueue, Rows
 from nitro_rt.result import Result
 
 EXIT_WAIT_S = 10.0
@@ -119,7 +120,10 @@ class Worker:
     def _serve(self, executor: Executor) -> None:
         while batch := self.queue.take(self._bundle.manifest.batch):
             try:
-                self._draw(executor, batch)
+                if isinstance(batch[0], Errand):
+                    self._do(executor, batch[0])
+                else:
+                    self._draw(executor, batch)
             except BaseException as exc:
                 self._stop(exc, batch)
                 if isinstance(exc, DeviceLost):
@@ -127,6 +131,16 @@ class Worker:
                 raise  # our own error keeps its traceback
             finally:
                 del batch  # the images of a call are not kept until the next
+
+    def _do(self, executor: Executor, errand: Errand) -> None:
+        try:
+            errand.run(executor)
+        except DeviceLost:
+            raise
+        except Exception as exc:
+            errand.fail(exc)
+        else:
+            cast(Any, errand).set_result(None)
 
     def _draw(self, executor: Executor, batch: list[Request]) -> None:
         try:

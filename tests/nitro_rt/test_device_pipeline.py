@@ -82,3 +82,24 @@ def test_reasons_reach_the_caller_from_the_owner_thread(world: World, folder: Pa
 def test_a_prompt_batch_larger_than_the_engine(world: World, folder: Path) -> None:
     with loaded(world, folder) as pipe, pytest.raises(EngineMismatch, match="3 prompts, but .* batch 2"):
         pipe(list(PROMPTS))
+
+
+def test_weights_are_exchanged_between_images(world: World, onnx_bundle: Path, tmp_path: Path) -> None:
+    """What was asked for before is drawn with the old weights, what comes after with the new ones, and back is back."""
+    folder = world.bundle(onnx_bundle, tmp_path / "refittable", refittable=True)
+    with loaded(world, folder) as pipe:
+        before = pipe(PROMPTS[0], seed=1).array_BHWC
+        earlier = [pipe.submit(PROMPTS[0], seed=1) for _ in range(3)]
+        pipe.refit({"denoise": {"half": np.asarray(0.75, np.float32)}})
+        assert all(np.array_equal(future.result().array_BHWC, before) for future in earlier)
+        assert not np.array_equal(pipe(PROMPTS[0], seed=1).array_BHWC, before)
+        with pytest.raises(EngineMismatch, match="does not take absent"):
+            pipe.refit({"denoise": {"absent": np.asarray(0, np.float32)}})
+        pipe.refit({"denoise": {"half": np.asarray(0.5, np.float32)}})
+        assert np.array_equal(pipe(PROMPTS[0], seed=1).array_BHWC, before)
+    with (
+        Pipeline.load(onnx_bundle) as host,
+        pytest.raises(EngineMismatch, match="engines take no new weights; fuse LoRAs"),
+    ):
+        host.refit({})
+    world.check()
