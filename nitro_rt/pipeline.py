@@ -187,18 +187,23 @@ class Pipeline:
         steps: int | None = None,
         size: int | None = None,
         deadline_s: float | None = None,
+        wait: bool = True,
         negative_prompt: object = None,
         guidance_scale: object = None,
     ) -> Result:
-        """Draw one image per prompt without blocking the event loop; where the queue is full, wait for a place.
+        """Draw one image per prompt without blocking the event loop.
 
         Cancelling the task takes a waiting request back. The noise is drawn in asyncio's own thread pool.
-        Arguments, warnings and errors are those of a call.
+
+        Args:
+            wait: where the queue is full, wait for a place; False raises QueueFull at once, as a server may want it.
+            prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale: as for a call.
+        Warns, raises: as a call; QueueFull.
         """
         request = self._request(prompt, seed, steps, size, deadline_s, negative_prompt, guidance_scale)
         worker = self._running_worker()
         try:
-            worker.queue.enter(request, wait=True)
+            worker.queue.enter(request, wait=wait)
             if request.admission is not None:
                 await _admitted(request)
             ids = self._tokenize(request, stacklevel=3)

@@ -254,6 +254,8 @@ def test_a_full_queue_refuses_submit_and_makes_calls_wait(gated: Pipeline, watch
     waiting = gated.submit("a dog", seed=0)
     with pytest.raises(QueueFull, match="1 requests wait already"):
         gated.submit("a dog", seed=0)
+    with pytest.raises(QueueFull):
+        asyncio.run(async_call(gated, "a dog", seed=0, wait=False))
     with ThreadPoolExecutor(3) as threads:
         callers = [
             threads.submit(gated, "a dog", seed=0),
