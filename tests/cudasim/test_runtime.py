@@ -262,6 +262,7 @@ def test_a_lost_device_stays_lost_until_it_is_reset(seed: int, code: CUresult) -
             call()
     assert not sequence.double.execute_async_v3(int(sequence.main.handle))
     assert simulation.driver.cuMemGetInfo()[0] == code
+    assert simulation.schedule.num_pending == 0, "what was queued will never run"
     sequence.wait = sequence.main.sync = lambda: None  # type: ignore[method-assign]
     sequence.close()
     assert simulation.leaks() == [] and simulation.memory.used_bytes == 0
