@@ -16,7 +16,8 @@ import platformdirs
 from nitro_rt import reasons
 from nitro_rt.device import RTX_TARGETS, RUNTIMES, Driver, find_driver
 from nitro_rt.diagnosis import import_error, is_older, missing_library
-from nitro_rt.providers import PROVIDERS, missing_provider
+from nitro_rt.errors import BackendUnavailable
+from nitro_rt.providers import PROVIDERS, Placement, missing_provider, not_started, provider_list, start_session
 from nitro_rt.reasons import CUDA_MAJOR, Reason
 
 PACKAGES = (
@@ -46,6 +47,11 @@ BACKENDS: dict[str, str | None] = {
     **dict.fromkeys(RUNTIMES),
 }
 """What `doctor` lists -> ONNX Runtime's provider, None for the other backends."""
+IDENTITY = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
+    "0f0a0179120a0a08080112040a02080142040a00100d"
+)
+"""An ONNX graph of one operator that does nothing, to start a provider with."""
 CPU_FEATURES = (
     "avx2",
     "avx512f",
@@ -175,11 +181,12 @@ def _against_running(backend: str, provider: str | None, driver: Driver, provide
             yield lacking
         return
     yield from _missing_modules("cuda" if provider in ("cuda", "tensorrt") else "cpu", backend)
-    missing = missing_provider(PROVIDERS[provider], providers) if provider else None
-    if missing is not None:
-        yield missing
-    if provider == "tensorrt":
-        yield from _missing_modules("tensorrt", "tensorrt")
+    if provider is not None:
+        missing = missing_provider(PROVIDERS[provider], providers)
+        if missing is not None:
+            yield missing
+        if provider != "cpu":
+            yield from _against_starting(PROVIDERS[provider])
 
 
 def _against_gpu(backend: str, driver: Driver) -> Iterator[Reason]:
@@ -190,6 +197,19 @@ def _against_gpu(backend: str, driver: Driver) -> Iterator[Reason]:
     needed = f"{CUDA_MAJOR}.0"
     if is_older(driver.cuda_version, needed):
         yield reasons.old_driver(driver, needed)
+
+
+def _against_starting(provider: str) -> Iterator[str]:
+    """Whether a provider starts is known when it does: its libraries, CUDA's and cuDNN's, come from elsewhere."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        start_session(onnxruntime, IDENTITY, settings, provider_list(provider, "float32", Placement()))
+    except BackendUnavailable as exc:
+        yield str(exc)
+    except Exception as exc:  # a class of its own for each status code
+        yield not_started(provider, " ".join(str(exc).split()))
 
 
 def _missing_modules(extra: str, *modules: str) -> Iterator[str]:

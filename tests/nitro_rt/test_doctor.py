@@ -11,7 +11,7 @@ import pytest
 from nitro_rt import doctor
 from nitro_rt.cli.doctor import _facts
 from nitro_rt.device import Driver, Gpu
-from nitro_rt.doctor import BACKENDS, Examination, examine
+from nitro_rt.doctor import BACKENDS, IDENTITY, Examination, _against_starting, examine
 
 GIB = 1 << 30
 NO_DRIVER = Driver(found=False, cuda_version="", gpus=(), reason="no NVIDIA driver (libcuda.so.1 is not here)")
@@ -33,11 +33,22 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Examine:
         providers: tuple[str, ...] = CPU_WHEEL,
         missing: tuple[str, ...] = (),
         without_packages: tuple[str, ...] = (),
+        starting: tuple[str, ...] = GPU_WHEEL,
     ) -> Examination:
         monkeypatch.setattr(doctor, "find_driver", lambda: driver)
+        onnxruntime = SimpleNamespace(
+            __version__="1.31.1",
+            get_available_providers=lambda: list(providers),
+            preload_dlls=lambda: None,
+            set_default_logger_severity=lambda severity: None,
+            SessionOptions=SimpleNamespace,
+            InferenceSession=lambda model, settings, providers, enable_fallback: SimpleNamespace(
+                get_providers=lambda: [name for name, _ in providers if name in starting] + [CPU_WHEEL[-1]]
+            ),
+        )
         for module in LIBRARIES:
-            stand_in = SimpleNamespace(get_available_providers=lambda: list(providers))
-            monkeypatch.setitem(sys.modules, module, None if module in missing else stand_in)  # type: ignore[arg-type]
+            stand_in = None if module in missing else onnxruntime if module == "onnxruntime" else SimpleNamespace()
+            monkeypatch.setitem(sys.modules, module, stand_in)  # type: ignore[arg-type]
         monkeypatch.setattr(doctor, "_version", lambda name: None if name in without_packages else "1.0")
         return examine()
 
@@ -89,6 +100,21 @@ def test_the_cpu_wheel_of_onnxruntime_has_no_gpu_provider(on: Examine, backend: 
     assert "it has AzureExecutionProvider, CPUExecutionProvider" in answer and answer.endswith(INSTALL_GPU_WHEEL)
 
 
+def test_a_gpu_provider_that_does_not_start(on: Examine) -> None:
+    """Its libraries, CUDA's and cuDNN's, are other packages; only trying tells whether they are complete."""
+    found = on(_with(ADA), GPU_WHEEL, starting=("CUDAExecutionProvider",))
+    assert found.runs["onnxruntime --provider cuda"] == "yes"
+    answer = found.runs["onnxruntime --provider tensorrt"]
+    assert answer.startswith("no: TensorrtExecutionProvider does not start (ONNX Runtime 1.31.1 started CUDAExecutionProvider")
+    assert "TensorRT 10" in answer and "pip install 'nitro-rt[cuda]'" in answer
+
+
+def test_the_graph_that_providers_are_tried_with_is_one() -> None:
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load_model_from_string(IDENTITY), full_check=True)
+    assert list(_against_starting("CPUExecutionProvider")) == []
+
+
 @pytest.mark.parametrize(
     ("module", "running", "building"),
     [
@@ -98,7 +124,7 @@ def test_the_cpu_wheel_of_onnxruntime_has_no_gpu_provider(on: Examine, backend: 
             {"onnxruntime": "cpu", "onnxruntime --provider cuda": "cuda", "onnxruntime --provider tensorrt": "cuda"},
             {"onnxruntime": "cpu", "onnxruntime --provider cuda": "cpu", "onnxruntime --provider tensorrt": "cpu"},
         ),
-        ("tensorrt", {"tensorrt": "tensorrt", "onnxruntime --provider tensorrt": "tensorrt"}, {"tensorrt": "tensorrt"}),
+        ("tensorrt", {"tensorrt": "tensorrt"}, {"tensorrt": "tensorrt"}),
         ("tensorrt_rtx", {"tensorrt-rtx": "tensorrt-rtx"}, {"tensorrt-rtx": "tensorrt-rtx"}),
         ("cuda.core", {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}, {}),
         ("cuda.bindings.driver", {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}, {}),

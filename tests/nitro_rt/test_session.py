@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch, ShapeError
-from nitro_rt.executor import EXECUTORS, open_executor
+from nitro_rt.executor import DEVICE_BACKENDS, EXECUTORS, open_executor
 from nitro_rt.manifest import Engine, TensorSpec
 from nitro_rt.onnxruntime_session import OnnxRuntimeSession
 from nitro_rt.openvino_session import OpenVinoSession
@@ -114,8 +115,8 @@ def test_onnxruntime_options(decode: Any) -> None:
         open_session(replace(engine, options={"graph_optimization_level": "most"}))
     with pytest.raises(BundleError, match="unknown option 'threads'"):
         open_session(replace(engine, options={"threads": "3"}))
-    with pytest.raises(BackendUnavailable, match="asks for CUDAExecutionProvider; this ONNX Runtime has .*CPU"):
-        open_session(replace(engine, options={"provider": "CUDAExecutionProvider"}))
+    with pytest.raises(BackendUnavailable, match="asks for Wishful; this ONNX Runtime has no Wishful, it has .*CPU"):
+        open_session(replace(engine, options={"provider": "Wishful"}))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
@@ -130,8 +131,27 @@ def test_a_provider_that_does_not_start_is_not_replaced_by_the_cpu(decode: Any, 
             return ["CPUExecutionProvider"]
 
     monkeypatch.setattr("onnxruntime.InferenceSession", Fallen)
-    with pytest.raises(BackendUnavailable, match="asked for Wishful, ONNX Runtime started"):
+    with pytest.raises(
+        BackendUnavailable, match="decode: Wishful does not start .ONNX Runtime .* started CPUExecutionProvider"
+    ):
         open_session(replace(engine, options={"provider": "Wishful"}))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_onnxruntime_binds_values_of_a_device(decode: Any) -> None:
+    """Here of the CPU; on a GPU they stay there between the stages."""
+    _, _, open_session = decode
+    session, buffers = open_session(), _buffers()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(buffer) for name, buffer in buffers.items()}
+    session.bind_values(values)
+    values["latents"].update_inplace(np.ones((2, 4, 4, 4), np.float32))
+    session.execute()
+    assert (values["images"].numpy() == 192).all()
+    assert session.elsewhere() == {}
+    for wrong in (np.zeros((1, 4, 4, 4), np.float32), np.zeros((2, 4, 4, 4), np.float64)):
+        with pytest.raises(ShapeError, match="decode was given latents .* it needs latents float32 \\[2, 4, 4, 4\\]"):
+            session.bind_values({**values, "latents": onnxruntime.OrtValue.ortvalue_from_numpy(wrong)})
+    session.close()
 
 
 @pytest.mark.parametrize("backend", ["openvino"], indirect=True)
@@ -153,7 +173,7 @@ def test_a_missing_library_names_the_extra(
 
 
 def test_every_backend_has_a_factory() -> None:
-    assert set(EXECUTORS) == {"onnxruntime", "openvino", "reference", "tensorrt", "tensorrt-rtx"}
+    assert {*EXECUTORS, *DEVICE_BACKENDS} == {"onnxruntime", "openvino", "reference", "tensorrt", "tensorrt-rtx"}
 
 
 def test_loading_many_bundles_in_turn_leaks_nothing(backend: str, make_bundle: Any, tmp_path: Path) -> None:
