@@ -6,6 +6,7 @@ Only names and arguments are looked at, so this needs neither a driver nor a GPU
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ RTX_ONLY = {
 }
 """Classes and members that TensorRT proper does not have, and why the code gets by without them there."""
 
-BUILDING = {"Builder", "INetworkDefinition", "IBuilderConfig", "OnnxParser", "OnnxParserRefitter", "EngineInspector", "ITensor"}
-"""Classes that the lean runtime leaves out and TensorRT proper has, as its documentation of release 11.4 says."""
+BUILDING = set(
+    """Builder BuilderFlag EngineInspector IBuilderConfig ILayer INetworkDefinition ITensor LayerInformationFormat LayerType
+    NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag OnnxParserRefitter ParserError""".split()
+)
+"""Classes that the lean runtime leaves out and TensorRT proper has; its own bindings are asked where they are installed."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,21 @@ def test_tensorrt_s_own_runtime_has_it_too(found: Findings) -> None:
     assert lacking <= set(RTX_ONLY), lacking - set(RTX_ONLY)
     by_now = {_named(use) for use in found.uses} & set(RTX_ONLY) - lacking
     assert not by_now, f"TensorRT has {by_now} by now; take it out of RTX_ONLY"
+
+
+def test_tensorrt_s_own_bindings_name_it_too(found: Findings) -> None:
+    """They need libraries of NVIDIA's index to be imported, but every name that they bind stands in their file."""
+    spec = importlib.util.find_spec("tensorrt_bindings")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("tensorrt-cu13-bindings is not installed")
+    bound = Path(spec.submodule_search_locations[0], "tensorrt.so").read_bytes()
+    ours = {use for use in found.uses if use.owner is rtx or _is_tensorrt_s(use) and not use.name.startswith("__")}
+    # dtypes and the version are set by the package's __init__.py
+    set_by_python = {"float32", "float16", "bfloat16", "int64", "int32", "uint8", "__version__"}
+    names = {use.name for use in ours if _named(use) not in RTX_ONLY} - set_by_python
+    assert {name for name in names if f"{name}\0".encode() not in bound} == set()
+    only = {name for kind in RTX_ONLY for name in kind.split(".")[-1:]}
+    assert {name for name in only if f"{name}\0".encode() in bound} == set()
 
 
 def test_no_name_that_tensorrt_11_removed_is_used(found: Findings) -> None:
@@ -239,8 +258,11 @@ def _lacks_in_lean(use: Use) -> bool:
     if use.owner is rtx:
         return not hasattr(lean, use.name) and use.name not in BUILDING
     name = use.owner.__name__
-    is_tensorrt_s = getattr(use.owner, "__module__", "").startswith("tensorrt_rtx")
-    return is_tensorrt_s and name not in BUILDING and not hasattr(getattr(lean, name, None), use.name)
+    return _is_tensorrt_s(use) and name not in BUILDING and not hasattr(getattr(lean, name, None), use.name)
+
+
+def _is_tensorrt_s(use: Use) -> bool:
+    return getattr(use.owner, "__module__", "").startswith("tensorrt_rtx")
 
 
 def _removed_uses(findings: Findings, paths: list[Path]) -> list[str]:
