@@ -30,10 +30,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from nitro_bench._clip_vocabulary import write_clip_tokenizer
+from nitro_export.sdxl import CONFIGS
 from nitro_export.weights import TensorSpec, write_safetensors
 from nitro_rt.errors import ConfigError, NitroError
 from nitro_training.publish import published, require_free
-from nitro_training.sdxl_config import BUILT_IN
 
 SHIFT = 250
 """The timestep shift in run.json, NitroSD-Realism's."""
@@ -127,11 +127,9 @@ def make_sdxl(out: Path, *, seed: int = 0, size: str = "full", dtype: str = "fp1
 
 def _configs(size: str) -> dict[str, dict[str, Any]]:
     """Of the four networks. SDXL's VAE says `force_upcast`, since its trained weights overflow in float16; these do not."""
-    built_in = {name: dict(config) for name, config in BUILT_IN.items()}
-    text = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # SDXL's own odd values: pooled is the highest id
-    built_in["text_encoder"] |= text | {"hidden_act": "quick_gelu"}
-    built_in["text_encoder_2"] |= text | {"hidden_act": "gelu"}
-    built_in["vae"] |= {"scaling_factor": 0.13025, "force_upcast": False}
+    parts = ("text_encoder", "text_encoder_2", "unet", "vae")
+    built_in = {part: {key: value for key, value in CONFIGS[part].items() if key != "_class_name"} for part in parts}
+    built_in["vae"] |= {"force_upcast": False}
     return {name: config | _CHANGES[size].get(name, {}) for name, config in built_in.items()}
 
 

@@ -1,7 +1,5 @@
-"""The configurations of Stable Diffusion XL base 1.0, so that a run can be planned before anything is fetched.
-
-Only what decides shapes; a checkpoint's own files say the same in more words.
-"""
+"""A checkpoint's configurations, or those of Stable Diffusion XL base 1.0, so that a run can be planned before anything is
+fetched."""
 
 from __future__ import annotations
 
@@ -11,59 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nitro_export.sdxl import CONFIGS
 from nitro_rt.errors import TrainingError
 
-_UNET = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_TEXT_ENCODER = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-}
-_TEXT_ENCODER_2 = {
-    "vocab_size": 49408,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "projection_dim": 1280,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "max_position_embeddings": 77,
-}
-_VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-}
-BUILT_IN: dict[str, dict[str, Any]] = {
-    "unet": _UNET,
-    "text_encoder": _TEXT_ENCODER,
-    "text_encoder_2": _TEXT_ENCODER_2,
-    "vae": _VAE,
-}
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+BUILT_IN: dict[str, dict[str, Any]] = {part: CONFIGS[part] for part in PARTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +33,7 @@ def read_configs(checkpoint: Path) -> ModelConfigs:
     """
     if not checkpoint.exists():
         return ModelConfigs(parts=BUILT_IN, source=f"SDXL base 1.0, built in ({checkpoint} is not here)")
-    parts = {name: _read(checkpoint / name / "config.json") for name in BUILT_IN}
+    parts = {name: _read(checkpoint / name / "config.json") for name in PARTS}
     return ModelConfigs(parts=parts, source=str(checkpoint))
 
 
