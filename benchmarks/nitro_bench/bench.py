@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nitro_bench import ceilings, pairing, roofline, samples, timing, warmup
+from nitro_bench.bench_markdown import ceiling
 from nitro_bench.bench_report import KIND, SCHEMA_VERSION, BenchReport, PeerRun, Process, Protocol, Quality, Run, Throughput
 from nitro_bench.cards import card_of
 from nitro_bench.checkpoints import checkpoint_of, folder_bytes
@@ -111,9 +112,11 @@ def measure(
         if before_timing is not None:
             before_timing(name, device)
         checked = [check(case, config, report) for case in cases]
-        rates = ceilings.measure_ceilings(_needed_dtypes(checked)) if checked else ()
-        report("ceilings: " + "; ".join(_ceiling_sentence(rate) for rate in rates))
+        dtypes = _needed_dtypes(checked)
+        rates = ceilings.measure_ceilings(dtypes)
         results = [_Timing(found, config, report).run() for found in checked]
+        rates = ceilings.better_of(rates, ceilings.measure_ceilings(dtypes))
+        report("ceilings: " + "; ".join(map(ceiling, rates)))
     runs = tuple(_run(found, result, rates, config, report) for found, (result, _) in zip(checked, results, strict=True))
     ours_bytes, ours_note = installed_bytes({run.subject.backend for run in runs})
     return BenchReport(
@@ -131,7 +134,7 @@ def measure(
         protocol=_protocol(config, runs),
         installed_bytes=ours_bytes,
         installed_note=ours_note,
-        ceilings=tuple(rates),
+        ceilings=rates,
         runs=runs,
         peers=tuple(peer for _, peers in results for peer in peers),
     )
@@ -275,7 +278,8 @@ class _Timing:
             with theirs.process as process:
                 process.draw(draw, pairing.WARM_UP_IMAGES)
                 length = pairing.turn_length(checked.image_ms, tried.image_ms)
-                pairs = pairing.take_turns(ours.process, process, draw, math.ceil(most / self._num_processes), length)
+                count = math.ceil(most / self._num_processes)
+                pairs = pairing.pairs_of(pairing.take_turns(ours.process, process, (draw, draw), count, length))
                 self._memory[peer.name] = process.memory()
         except PeerFailed as exc:
             if exc.name == OURS.name:
@@ -361,12 +365,6 @@ def _require_distinct(cases: Sequence[Case]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two bundles are called {twice[0]!r} in the report; rename one of the folders")
-
-
-def _ceiling_sentence(rate: ceilings.Ceiling) -> str:
-    if rate.per_s is None:
-        return f"{rate.kind}: {rate.note}"
-    return f"{rate.kind} {rate.per_s / 1e9:.1f} {'GB/s' if rate.kind == 'copy' else 'GFLOP/s'} ({rate.by})"
 
 
 def _quality_sentence(quality: Quality) -> str:

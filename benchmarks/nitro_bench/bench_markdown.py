@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, PeerRun, Run
+from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, Run
+from nitro_bench.ceilings import Ceiling
 from nitro_bench.samples import Ratio, Summary
 from nitro_bench.telemetry import MachineState
 
@@ -37,9 +38,9 @@ def busy_note(report: BenchReport) -> str:
     if load < BUSY_SHARE * cores:
         return ""
     return (
-        f"**The machine was busy** (load {load:.1f} on {cores:.0f} cores before the start): times are too long, and by how much "
-        "differs from process to process. Believe ratios of turns and processor time, and those with care; measure again on an "
-        "idle machine before quoting anything else.\n\n"
+        f"**The machine was busy** (load {load:.1f} on {cores:.0f} cores before the start): times are too long, and by how "
+        "much differs from process to process. Believe ratios of turns and processor time, and those with care; measure again "
+        "on an idle machine before quoting anything else.\n\n"
     )
 
 
@@ -54,6 +55,16 @@ def ms(value: float | None) -> str:
 
 def mib(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / MIB:,.0f}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def ceiling(rate: Ceiling) -> str:
+    if rate.per_s is None:
+        return f"{rate.kind}: {rate.note}"
+    return f"{rate.kind} {rate.per_s / 1e9:,.1f} {'GB/s' if rate.kind == 'copy' else 'GFLOP/s'} ({rate.by})"
 
 
 def shown_stages(run: Run) -> Iterator[tuple[str, Summary]]:
@@ -88,8 +99,8 @@ def _latency(report: BenchReport) -> str:
         missing = [f"{name} {why}" for name, why in total.reasons.items() if name in ("p90", "p95", "p99")]
         stable = sum(process.warm_up.stable for process in run.processes)
         parts.append(
-            f"**{subject.id}**: {subject.backend}, {_pairs(subject.precisions)}, computing in {_pairs(subject.compute_dtypes)}, "
-            f"batch {subject.batch}.\n\n{table(head, rows)}\n\n"
+            f"**{subject.id}**: {subject.backend}, {_pairs(subject.precisions)}, computing in "
+            f"{_pairs(subject.compute_dtypes)}, batch {subject.batch}.\n\n{table(head, rows)}\n\n"
             f"{total.num_samples} calls in {len(run.processes)} fresh processes, {stable} of which warmed up to a stable time. "
             f"Outside the engines: {run.outside_share:.1%} of a call (median)."
             + (f" Not reported: {'; '.join(missing)}." if missing else "")
@@ -170,27 +181,13 @@ def _throughput(report: BenchReport) -> str:
 
 
 def _footprint(report: BenchReport) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in report.runs:
-        size = run.subject.num_bytes
-        rows.append(
-            (
-                run.subject.id,
-                "nitro-rt",
-                mib(run.peak_rss_bytes),
-                mib(run.device_peak_bytes),
-                mib(report.installed_bytes),
-                mib(size),
-            )
-        )
-        rows += [
-            (
-                peer.subject,
-                peer.title,
-                *map(mib, (peer.peak_rss_bytes, peer.device_peak_bytes, peer.installed_bytes, peer.model_bytes)),
-            )
-            for peer in report.timed_peers(run.subject.id)
-        ]
+        sizes: tuple[int | None, ...] = (run.peak_rss_bytes, run.device_peak_bytes, report.installed_bytes)
+        rows.append((run.subject.id, "nitro-rt", *map(mib, (*sizes, run.subject.num_bytes))))
+        for peer in report.timed_peers(run.subject.id):
+            sizes = (peer.peak_rss_bytes, peer.device_peak_bytes, peer.installed_bytes, peer.model_bytes)
+            rows.append((peer.subject, peer.title, *map(mib, sizes)))
     head = ("MiB", "side", "peak RSS", "device peak", "packages", "model on disk")
     notes = dict.fromkeys(run.device_memory_note for run in report.runs if run.device_memory_note)
     text = table(head, rows) + f"\n\nPackages of nitro-rt: {report.installed_note}."
@@ -213,17 +210,13 @@ def _roofline(report: BenchReport) -> str:
                     work.bound or "-",
                     ms(work.operator_floor_ms),
                     ms(work.measured_ms),
-                    "-" if work.achieved_share is None else f"{work.achieved_share:.0%}",
+                    share(work.achieved_share),
                 )
             )
     head = ("subject", "stage", "GFLOP", "MB", "floor ms", "bound by", "operator by operator ms", "measured ms", "achieved")
-    ceilings = [
-        f"{rate.kind} {rate.note}"
-        if rate.per_s is None
-        else f"{rate.kind} {rate.per_s / 1e9:,.1f} G{'B' if rate.kind == 'copy' else 'FLOP'}/s ({rate.by})"
-        for rate in report.ceilings
-    ]
-    return "\n\n".join([f"Measured ceilings: {'; '.join(ceilings)}.", table(head, rows), *dict.fromkeys(notes)])
+    return "\n\n".join(
+        [f"Measured ceilings: {'; '.join(map(ceiling, report.ceilings))}.", table(head, rows), *dict.fromkeys(notes)]
+    )
 
 
 def _predictions(report: BenchReport) -> str:
@@ -286,7 +279,3 @@ def _pairs(values: dict[str, str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
-def of_subject(report: BenchReport, subject: str) -> tuple[PeerRun, ...]:
-    return tuple(peer for peer in report.peers if peer.subject == subject)

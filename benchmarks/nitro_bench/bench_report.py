@@ -18,8 +18,8 @@ from nitro_bench.warmup import WarmUp
 
 SCHEMA_VERSION = 1
 KIND = "nitro-rt bench"
-STAGES = ("tokenize", "noise", "text", "denoise", "decode", "images")
-"""In the order in which they run."""
+STAGES = ("tokenize", "noise", "queue", "text", "denoise", "decode")
+"""In the order in which they run; a device bundle has `device` for the last three."""
 ENGINE_STAGES = ("text", "denoise", "decode")
 """What runs in engines; a device bundle has `device` for all of them."""
 
@@ -98,7 +98,7 @@ class Process:
     """Processor time of all threads."""
     stages_ms: dict[str, tuple[float, ...]]
     yardstick_ms: tuple[float, ...]
-    """A fixed hash before each block of images: the machine's speed just then."""
+    """A fixed hash on every core before each block of images: the machine's speed just then."""
     yardstick_cpu_ms: tuple[float, ...]
     images_per_block: int
 

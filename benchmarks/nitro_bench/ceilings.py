@@ -7,6 +7,7 @@ the ceiling, because a ceiling that an engine can pass is none. GPUs are not mea
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,11 @@ class Ceiling:
 def measure_ceilings(dtypes: Iterable[str]) -> tuple[Ceiling, ...]:
     """The ceilings of these types, and of a copy."""
     return (*(_product(dtype) for dtype in dict.fromkeys(dtypes)), _copy())
+
+
+def better_of(first: Iterable[Ceiling], second: Iterable[Ceiling]) -> tuple[Ceiling, ...]:
+    """Of two measurements of the same kinds the larger rates: another load may have lain on one of them."""
+    return tuple(max(pair, key=lambda found: found.per_s or 0.0) for pair in zip(first, second, strict=True))
 
 
 def _product(dtype: str) -> Ceiling:
@@ -105,8 +111,6 @@ def _executed_in(compiled: Any) -> str:
 
 def _copy() -> Ceiling:
     """All cores copy at once, each its part: one core does not fill the memory's lanes."""
-    import os
-
     parts = max(1, len(os.sched_getaffinity(0)))
     sources = [np.ones(COPY_BYTES // parts, np.uint8) for _ in range(parts)]
     targets = [np.empty_like(source) for source in sources]

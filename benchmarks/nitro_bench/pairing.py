@@ -41,19 +41,26 @@ class Pairs:
     images_per_turn: int
 
 
-def take_turns(ours: PeerProcess, theirs: PeerProcess, draw: DrawRequest, num_pairs: int, images_per_turn: int) -> Pairs:
-    """Raises: PeerFailed with the name of the side that failed."""
-    turns: list[tuple[Drawn, Drawn]] = []
+def take_turns(
+    first: PeerProcess, second: PeerProcess, draws: tuple[DrawRequest, DrawRequest], num_pairs: int, images_per_turn: int
+) -> list[tuple[Drawn, Drawn]]:
+    """Each side draws its own request, in turns. Raises: PeerFailed with the name of the side that failed."""
+    turns = []
     for _ in range(num_pairs):
-        left = ours.draw(draw, images_per_turn)
+        left = first.draw(draws[0], images_per_turn)
         time.sleep(PAUSE_S)
-        turns.append((left, theirs.draw(draw, images_per_turn)))
+        turns.append((left, second.draw(draws[1], images_per_turn)))
         time.sleep(PAUSE_S)
+    return turns
+
+
+def pairs_of(turns: Iterable[tuple[Drawn, Drawn]]) -> Pairs:
+    ours, theirs = zip(*turns, strict=True)
     return Pairs(
-        ours_ms=tuple(statistics.median(left.image_ms) for left, _ in turns),
-        theirs_ms=tuple(statistics.median(right.image_ms) for _, right in turns),
-        their_images_ms=tuple(value for _, right in turns for value in right.image_ms),
-        images_per_turn=images_per_turn,
+        ours_ms=tuple(statistics.median(turn.image_ms) for turn in ours),
+        theirs_ms=tuple(statistics.median(turn.image_ms) for turn in theirs),
+        their_images_ms=tuple(value for turn in theirs for value in turn.image_ms),
+        images_per_turn=len(ours[0].image_ms),
     )
 
 
@@ -65,7 +72,7 @@ def turn_length(ours_ms: float, theirs_ms: float) -> int:
 def pairs_within(seconds: float, ours_ms: float, theirs_ms: float, most: int) -> int:
     """As many pairs as fit, but enough for an interval."""
     per_pair_s = turn_length(ours_ms, theirs_ms) * (ours_ms + theirs_ms) / 1e3 + 2 * PAUSE_S
-    return max(MIN_PAIRS, min(most, int(seconds / per_pair_s)))
+    return max(MIN_PAIRS, min(most, round(seconds / per_pair_s)))
 
 
 def needed_psnr_db(precisions: Iterable[str], our_dtypes: Iterable[str], their_dtype: str) -> float:

@@ -153,15 +153,19 @@ class PeerProcess:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in `close`
         self._unread = b""
         self._started_s = time.perf_counter()
-        self._process = subprocess.Popen(
-            # -I: no PYTHONPATH, no user site, and no folder of ours on the path.
-            [str(peer.python), "-I", str(SERVE), str(peer.adapter)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | dict(peer.environment),
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                # -I: no PYTHONPATH, no user site, and no folder of ours on the path.
+                [str(peer.python), "-I", str(SERVE), str(peer.adapter)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | dict(peer.environment),
+                start_new_session=True,
+            )
+        except OSError as exc:
+            self._stderr.close()
+            raise PeerFailed(peer.name, f"its interpreter does not start: {exc.strerror}; {peer.how_to_make}") from exc
         try:
             self._start_ms = 1e3 * (self._answer("start")["started_at_s"] - self._started_s)
         except BaseException:

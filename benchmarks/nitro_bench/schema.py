@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -91,3 +93,17 @@ def _options(kind: Any) -> list[Any]:
 def _require(fits: bool, place: str, expected: str, value: Any) -> None:
     if not fits:
         raise Misfit(f"{place} must be {expected}, found {str(value)[:60]!r}")
+
+
+def main() -> None:
+    """Write the schema of the reports into the repository that this file lies in."""
+    from nitro_bench.bench_report import SCHEMA_VERSION, BenchReport
+
+    path = Path(__file__).resolve().parents[1] / "reports" / "schema" / f"bench-{SCHEMA_VERSION}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = schema_of(BenchReport, "A report of nitro-rt bench", SCHEMA_VERSION)
+    path.write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,8 @@ import click
 from nitro_rt.errors import NitroError
 
 COMMANDS = {
+    "bench": "Time bundles, alone and beside peers.",
+    "bench-compare": "Say whether one benchmark is slower than another.",
     "build": "Build an engine bundle from a checkpoint.",
     "doctor": "Say what this machine can build and run.",
     "evaluate": "Score a checkpoint per step count.",

@@ -12,29 +12,25 @@ from nitro_rt.cli.output import needs_extra, progress
 from nitro_rt.errors import ConfigError
 
 
-class Numbers(click.ParamType):
+def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers between commas."""
-
-    name = "N,..."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers, such as 1,2,4", param, ctx)
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as exc:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers, such as 1,2,4") from exc
 
 
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option("--peers", metavar="NAME,...", default="", help="Time these beside the bundles; an unknown name lists all.")
 @click.option("--size", type=int, help="Edge in pixels, of those that each bundle has.  [default: its first]")
-@click.option("--steps", type=Numbers(), default="", help="Of those that each bundle has.  [default: all]")
+@click.option("--steps", type=numbers, metavar="N,...", default="", help="Of those that each bundle has.  [default: all]")
 @click.option("--batch", type=int, help="Images per call.  [default: the bundle's]")
 @click.option("--images", type=int, help="Calls that are timed per subject.  [default: 100, or what fits into 5 minutes]")
 @click.option("--processes", type=int, help="Fresh processes per subject.  [default: 5, or what starts in 100 s]")
-@click.option("--concurrency", type=Numbers(), default="1,2,4", show_default=True, help="Threads that call one pipeline.")
+@click.option(
+    "--concurrency", type=numbers, metavar="N,...", default="1,2,4", show_default=True, help="Threads that call one pipeline."
+)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The diffusers folder that peers draw with.")
 @click.option("--predict", metavar="CARD,...", default="", help="The floor on these GPUs, from their data sheets.")
 @click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one command to a side.")

@@ -1,0 +1,113 @@
+"""`nitro-rt bench-compare OLD_BUNDLE NEW_BUNDLE`: two bundles in turns, in one run.
+
+What shares the machine slows both of a pair, so this tells a few percent where two reports of different hours cannot. The unit
+is a pair of fresh processes, one of each bundle; its figure is the median over their pairs of turns.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nitro_bench import pairing, timing
+from nitro_bench.bench import BenchConfig, open_cases
+from nitro_bench.compare import JUDGED_SHARE, NOT_JUDGED, Comparison, Line, verdict_of
+from nitro_bench.intervals import paired
+from nitro_bench.peer import COMMAND_TIMEOUT_S, Drawn, PeerProcess
+from nitro_bench.subject import OURS, Case, verified
+from nitro_bench.warmup import warm_up
+from nitro_rt.errors import ConfigError
+
+CPU = "cpu"
+NUM_PROCESSES, NUM_PAIRS = 5, 12
+"""Process pairs, and pairs of turns in each."""
+
+
+Pair = tuple[dict[str, float], dict[str, float]]
+"""A turn of the old bundle and the turn of the new one that followed: stage -> milliseconds."""
+
+
+def compare_bundles(old: Path, new: Path, max_slowdown: float, report: Callable[[str], None]) -> Comparison:
+    """Verify both, then draw with them in turns, at the step counts and the size that both have.
+
+    Raises: ConfigError if they have none in common or are of different models; otherwise as `nitro_bench.bench.measure`.
+    """
+    with tempfile.TemporaryDirectory(prefix="nitro-compare-") as scratch:
+        olds, news = (_cases(folder, Path(scratch) / name) for folder, name in ((old, "old"), (new, "new")))
+        common = [key for key in olds if key in news]
+        if not common:
+            listed = [", ".join(case.id for case in cases.values()) for cases in (olds, news)]
+            raise ConfigError(f"the bundles have nothing in common: the old one draws {listed[0]}, the new one {listed[1]}")
+        lines = [line for key in common for line in _compare(olds[key], news[key], max_slowdown, report)]
+    return Comparison(lines=tuple(lines), notes=(), max_slowdown=max_slowdown)
+
+
+def _cases(folder: Path, work: Path) -> dict[tuple[object, ...], Case]:
+    work.mkdir()
+    cases = open_cases(BenchConfig(bundles=(folder,)), work)
+    return {(case.bundle.manifest.source.name, case.num_steps, case.size_px, case.batch): case for case in cases}
+
+
+def _compare(old: Case, new: Case, max_slowdown: float, report: Callable[[str], None]) -> Iterator[Line]:
+    image_ms = [_verify(case, report) for case in (old, new)]
+    length = pairing.turn_length(*image_ms)
+    units: list[list[Pair]] = []
+    for number in range(NUM_PROCESSES):
+        with _start(old) as left, _start(new) as right:
+            turns = pairing.take_turns(left, right, (old.draw_request(), new.draw_request()), NUM_PAIRS, length)
+        units.append([(_turn(first), _turn(second)) for first, second in turns])
+        report(f"{new.id}: process pair {number + 1} of {NUM_PROCESSES}: x{_ratio(units[-1], 'total'):.3f}")
+    totals = [pair[0]["total"] for unit in units for pair in unit]
+    on_cpu = not new.bundle.backend.startswith("tensorrt")
+    for stage in (stage for stage in units[0][0][0] if stage != CPU):
+        olds = [pair[0][stage] for unit in units for pair in unit]
+        news = [pair[1][stage] for unit in units for pair in unit]
+        change = paired([math.log(_ratio(unit, stage)) for unit in units])
+        cpu = paired([math.log(_ratio(unit, CPU)) for unit in units]) if stage == "total" and on_cpu else None
+        judged = statistics.median(olds) >= JUDGED_SHARE * statistics.median(totals)
+        yield Line(
+            subject=new.id,
+            stage=stage,
+            old_ms=statistics.median(olds),
+            new_ms=statistics.median(news),
+            wall=change,
+            cpu=cpu,
+            verdict=verdict_of(change, cpu, max_slowdown) if judged else NOT_JUDGED,
+        )
+
+
+def _verify(case: Case, report: Callable[[str], None]) -> float:
+    """Check the pictures of a bundle in a process that is not counted; returns about how long an image takes, in ms."""
+    draw = case.draw_request()
+    started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
+    with started.process as process:
+        drawn_BHWC, image_ms = pairing.drawn_by(process, draw, case.work / "picture.npy")
+        verified(case, process, started.loaded, drawn_BHWC)
+    report(f"{case.id}: verified, about {image_ms:.1f} ms an image")
+    return image_ms
+
+
+def _start(case: Case) -> PeerProcess:
+    """A process that is loaded and warm."""
+    draw = case.draw_request()
+    started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
+    try:
+        warm_up(lambda count: started.process.draw(draw, count).image_ms, started.cold_start.first_image_ms)
+    except BaseException:
+        started.process.close()
+        raise
+    return started.process
+
+
+def _turn(drawn: Drawn) -> dict[str, float]:
+    """Median of each stage over a turn's images, in ms, `total` and the processor's time among them."""
+    stages = {stage: statistics.median(timings[stage] for timings in drawn.timings_ms) for stage in drawn.timings_ms[0]}
+    return stages | {CPU: statistics.median(drawn.cpu_ms)}
+
+
+def _ratio(unit: Sequence[Pair], stage: str) -> float:
+    """New over old, the median over the pairs of two processes."""
+    return statistics.median(new[stage] / old[stage] for old, new in unit)
