@@ -233,12 +233,13 @@ class Pipeline:
         """
         errand = Errand(lambda executor: executor.refit(weights))
         worker = self._running_worker()
+        _require_another_thread(worker)
         try:
             worker.queue.enter(errand, wait=True)
             if errand.admission is not None:
                 errand.admission.result()
             worker.queue.line_up(errand)
-            errand.wait()
+            errand.result()
         except BaseException:
             errand.cancel()
             raise
@@ -267,10 +268,7 @@ class Pipeline:
                 raise worker.closed_error()
             if not worker.has_stopped:
                 return
-            if worker.is_current_thread:
-                raise NitroError(
-                    "reopen() was called in the callback of a future, on the thread that has to end first; call it elsewhere"
-                )
+            _require_another_thread(worker)
             worker.join()  # the old engines are freed before the new ones are loaded
             self._worker = worker = self._open_worker()
             if self._is_closed:
@@ -331,10 +329,8 @@ class Pipeline:
     def _submit(self, request: Request, *, wait: bool, stacklevel: int) -> None:
         """A place first, then the work: a full queue refuses at once, and who waits for a place holds no noise."""
         worker = self._running_worker()
-        if wait and worker.is_current_thread:
-            raise NitroError(
-                "the pipeline was called in the callback of a future, on the thread that would have to draw; use submit(...)"
-            )
+        if wait:
+            _require_another_thread(worker)
         try:
             worker.queue.enter(request, wait=wait)
             if request.admission is not None:
@@ -364,6 +360,15 @@ class Pipeline:
         noise_NBCHW = draw_noise(request.seed, request.num_steps, num_rows, num_rows, latent_CHW)
         request.timings_ms["noise"] = (time.perf_counter() - begin_s) * 1e3
         return noise_NBCHW
+
+
+def _require_another_thread(worker: Worker) -> None:
+    """Raises: NitroError where the caller would wait for its own thread."""
+    if worker.is_current_thread:
+        raise NitroError(
+            "this was called in the callback of a future, on the pipeline's own thread, and would wait for itself; call it on "
+            "another thread, or use submit(...), which does not wait"
+        )
 
 
 async def _admitted(request: Request) -> None:

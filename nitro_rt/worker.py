@@ -11,14 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import DeviceLost, EngineMismatch, NitroError, PipelineClosed
 from nitro_rt.executor import Executor
-from nitro_rt.request import Errand, Float32, Request, RequestQueue, Rows
+from nitro_rt.request import Errand, Float32, Request, Rows, Turn
+from nitro_rt.request_queue import RequestQueue
 from nitro_rt.result import Result
 
 EXIT_WAIT_S = 10.0
@@ -118,21 +119,22 @@ class Worker:
             atexit.unregister(self._end_at_exit)
 
     def _serve(self, executor: Executor) -> None:
-        while batch := self.queue.take(self._bundle.manifest.batch):
+        while (turn := self.queue.take(self._bundle.manifest.batch)) is not None:
             try:
-                if isinstance(batch[0], Errand):
-                    self._do(executor, batch[0])
+                if isinstance(turn, Errand):
+                    self._do(executor, turn)
                 else:
-                    self._draw(executor, batch)
+                    self._draw(executor, turn)
             except BaseException as exc:
-                self._stop(exc, batch)
+                self._stop(exc, [turn] if isinstance(turn, Errand) else turn)
                 if isinstance(exc, DeviceLost):
                     return
                 raise  # our own error keeps its traceback
             finally:
-                del batch  # the images of a call are not kept until the next
+                del turn  # the images of a call are not kept until the next
 
     def _do(self, executor: Executor, errand: Errand) -> None:
+        assert errand.run is not None
         try:
             errand.run(executor)
         except DeviceLost:
@@ -140,7 +142,7 @@ class Worker:
         except Exception as exc:
             errand.fail(exc)
         else:
-            cast(Any, errand).set_result(None)
+            errand.finish(None)
 
     def _draw(self, executor: Executor, batch: list[Request]) -> None:
         try:
@@ -201,17 +203,17 @@ class Worker:
             self.notes, self.compute_dtypes = executor.notes, executor.compute_dtypes
         return was_loaded
 
-    def _stop(self, exc: BaseException, batch: list[Request]) -> None:
+    def _stop(self, exc: BaseException, begun: Sequence[Turn[Any]]) -> None:
         """Fail everything: what is being drawn, what waits, and what will be asked."""
         kind = DeviceLost if isinstance(exc, DeviceLost) else NitroError
         message = f"{self._bundle.folder} cannot draw any more: {str(exc) or repr(exc)}; pipe.reopen() loads it again"
         self.has_stopped = True  # before anybody is told, since the answer may be reopen()
         self.queue.refuse(lambda: kind(message), waiting=True)
-        for request in batch:
-            if not request.done():
+        for turn in begun:
+            if not turn.done():
                 error = kind(message)
                 error.__cause__ = exc
-                request.fail(error)
+                turn.fail(error)
 
     def _free(self, executor: Executor) -> None:
         self.compute_dtypes = {}

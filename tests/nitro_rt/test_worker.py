@@ -261,7 +261,7 @@ def test_a_callback_may_close_and_submit_but_not_wait(pipe: Pipeline, watched: W
 
     def callback(future: concurrent.futures.Future[Result]) -> None:
         happened.append(pipe.submit("a dog", steps=2))
-        for wait_for_itself in (lambda: pipe("a dog"), lambda: pipe.submit("a dog", wait=True)):
+        for wait_for_itself in (lambda: pipe("a dog"), lambda: pipe.submit("a dog", wait=True), lambda: pipe.refit({})):
             with pytest.raises(NitroError, match="in the callback of a future.*use submit"):
                 wait_for_itself()
         pipe.close()
@@ -393,7 +393,7 @@ def test_a_callback_cannot_reopen(pipe: Pipeline, watched: WatchedExecutor) -> N
     watched.on_draw = lose
     watched.gate.set()
     wait_until(lambda: bool(errors))
-    assert "has to end first" in str(errors[0])
+    assert "would wait for itself" in str(errors[0])
 
 
 # --- the interpreter's exit ---------------------------------------------------------------------------------------------

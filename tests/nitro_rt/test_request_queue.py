@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from nitro_rt.errors import DeadlineExceeded, PipelineClosed, QueueFull
-from nitro_rt.request import Request, RequestQueue
+from nitro_rt.request import Errand, Request, Turn
+from nitro_rt.request_queue import RequestQueue
 
 
 def request(steps: int = 1, rows: int = 1, size_px: int = 32, deadline_s: float | None = None) -> Request:
@@ -27,7 +28,7 @@ def request(steps: int = 1, rows: int = 1, size_px: int = 32, deadline_s: float 
     return made
 
 
-def lined_up(*requests: Request, max_waiting: int = 64) -> RequestQueue:
+def lined_up(*requests: Turn[Any], max_waiting: int = 64) -> RequestQueue:
     queue = RequestQueue(max_waiting)
     for each in requests:
         queue.enter(each, wait=False)
@@ -39,13 +40,10 @@ def closed() -> PipelineClosed:
     return PipelineClosed("closed")
 
 
-def batches(queue: RequestQueue, max_rows: int) -> list[list[Request]]:
+def batches(queue: RequestQueue, max_rows: int) -> list[list[Request] | Errand]:
     """All that is in line, as it would be drawn."""
     queue.end()
-    taken = []
-    while batch := queue.take(max_rows):
-        taken.append(batch)
-    return taken
+    return list(iter(lambda: queue.take(max_rows), None))
 
 
 def test_equal_steps_and_sizes_share_a_call_and_the_oldest_comes_first() -> None:
@@ -61,7 +59,7 @@ def test_a_stream_of_equals_starves_nobody() -> None:
         late = request()
         queue.enter(late, wait=False)
         queue.line_up(late)
-    assert [len(batch) for batch in batches(queue, 2)] == [2, 1, 2]
+    assert [len(batch) for batch in batches(queue, 2) if isinstance(batch, list)] == [2, 1, 2]
 
 
 def test_requests_are_not_split_nor_overtaken_by_equals() -> None:
@@ -69,6 +67,16 @@ def test_requests_are_not_split_nor_overtaken_by_equals() -> None:
     assert batches(lined_up(one, three, single), 3) == [[one], [three], [single]]
     two, one, last = request(rows=2), request(), request()
     assert batches(lined_up(two, one, last), 3) == [[two, one], [last]]
+
+
+def test_nothing_overtakes_an_errand() -> None:
+    def change(executor: object) -> None: ...
+
+    one, other, errand, two = request(), request(steps=2), Errand(change), request()
+    assert batches(lined_up(one, other, errand, two), 3) == [[one], [other], errand, [two]]
+    gone = Errand(change)
+    queue = lined_up(gone, one := request())
+    assert gone.cancel() and gone.run is None and batches(queue, 1) == [[one]]
 
 
 def test_what_is_taken_runs_and_cannot_be_cancelled() -> None:
@@ -162,8 +170,7 @@ def test_refusing(waiting: bool) -> None:
 
 def test_errors_and_results_let_go_of_the_noise() -> None:
     failed, done = request(), request()
-    for each in lined_up(failed, done).take(2):
-        assert each.rows is not None
+    assert lined_up(failed, done).take(2) == [failed, done] and failed.rows is not None
     failed.fail(ValueError("no"))
     result: Any = object()
     done.finish(result)
@@ -173,8 +180,8 @@ def test_errors_and_results_let_go_of_the_noise() -> None:
 def test_a_signal_handler_may_close_in_the_middle_of_any_call() -> None:
     """It runs between two instructions of the main thread, so it finds the lock taken by its own thread."""
 
-    class Interrupted(set[Request]):
-        def add(self, each: Request) -> None:
+    class Interrupted(set[Turn[Any]]):
+        def add(self, each: Turn[Any]) -> None:
             queue.refuse(closed, waiting=True)
             queue.end()
             super().add(each)
@@ -185,4 +192,4 @@ def test_a_signal_handler_may_close_in_the_middle_of_any_call() -> None:
     queue.enter(late, wait=False)
     with pytest.raises(PipelineClosed):
         queue.line_up(late)
-    assert queue.take(1) == []
+    assert queue.take(1) is None
