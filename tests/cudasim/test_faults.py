@@ -265,6 +265,19 @@ def test_two_stages_sharing_memory_while_both_live_race(seed: int) -> None:
     assert any("scratch memory" in hazard.message for hazard in sequence.simulation.hazards if hazard.kind == "race")
 
 
+def test_one_context_on_two_streams_at_once_is_noticed(sequence: Sequence) -> None:
+    """Even with tensors of its own each time: a context has state."""
+    sequence.draw(3)
+    context = sequence.double.engine.create_execution_context()
+    for stream in (sequence.main, sequence.side):
+        tensors = {name: sequence.pool.allocate(NUM_BYTES, stream=stream) for name in ("x", "y")}
+        tensors["x"].fill(0, stream=stream)
+        assert all(context.set_tensor_address(name, buffer.handle) for name, buffer in tensors.items())
+        sequence.execute(context, stream)
+    kinds(sequence.simulation)
+    assert any("the context's state" in hazard.message for hazard in sequence.simulation.hazards if hazard.kind == "race")
+
+
 def test_a_tensor_in_another_stages_scratch_is_lost(sequence: Sequence) -> None:
     """All is ordered: y is only overwritten between its two uses."""
     sequence.draw(3)

@@ -36,6 +36,11 @@ def test_an_engine_tells_its_tensors() -> None:
     assert engine.get_tensor_dtype("y") == real.float32 and tuple(engine.get_tensor_shape("y")) == (NUM_VALUES,)
 
 
+def test_a_runtime_needs_a_logger_of_its_bindings() -> None:
+    with pytest.raises(TypeError, match="ILogger"):
+        simulate().trt.Runtime(print)
+
+
 @pytest.mark.parametrize(
     "options, content, expected",
     [
