@@ -48,7 +48,8 @@ class Capture:
         return self.mode == "global" or (self.mode == "thread_local" and self.thread == threading.get_ident())
 
     def invalidate(self) -> None:
-        self.is_valid = False
+        if not self.is_over:
+            self.is_valid = False
 
     def check_valid(self) -> None:
         if not self.is_valid:
@@ -91,7 +92,7 @@ class Capture:
         self.is_over = True
         self.check_valid()
         if not is_joined:
-            self.invalidate()
+            self.is_valid = False
             raise cuda_error(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED)
 
 

@@ -32,7 +32,7 @@ class Hazard:
     """Something that CUDA does not promise to catch and that a right program never does."""
 
     kind: str
-    """race, use after free, out of bounds, unwritten, unaligned, host write, overlap, destroyed, foreign thread, escaped."""
+    """See README.md."""
     message: str
 
     def __str__(self) -> str:

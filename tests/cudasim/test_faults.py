@@ -143,8 +143,12 @@ def test_a_fork_that_is_not_joined_does_not_end(sequence: Sequence) -> None:
     sequence.draw(3)
     hand_over = sequence.hand_over
     sequence.hand_over = lambda event, *streams: None if event is sequence.events[1] else hand_over(event, *streams)
-    with pytest.raises(CUDAError, match="CUDA_ERROR_STREAM_CAPTURE_UNJOINED"):
-        sequence.capture()
+    with sequence.building() as builder:
+        sequence.enqueue()
+        with pytest.raises(CUDAError, match="CUDA_ERROR_STREAM_CAPTURE_UNJOINED"):
+            builder.end_building()
+        with pytest.raises(RuntimeError, match="has not finished building"):
+            builder.complete()
 
 
 def test_a_missing_final_sync_reads_poison(sequence: Sequence) -> None:
@@ -421,6 +425,17 @@ def test_a_captured_event_cannot_be_waited_for(capturing: Sequence) -> None:
     capturing.main.record(capturing.events[0])
     with pytest.raises(CUDAError, match="CUDA_ERROR_CAPTURED_EVENT"):
         capturing.events[0].sync()
+
+
+def test_a_captured_event_cannot_be_waited_for_afterwards_and_the_graph_stays_whole(sequence: Sequence) -> None:
+    sequence.draw(3)
+    with sequence.building() as builder:
+        sequence.enqueue()
+        builder.end_building()
+        with pytest.raises(CUDAError, match="CUDA_ERROR_CAPTURED_EVENT"):
+            sequence.events[0].sync()
+        sequence.graph = builder.complete()
+    assert (sequence.replay(4) == 9).all()
 
 
 def test_an_event_from_outside_cannot_be_waited_for_in_a_capture(capturing: Sequence) -> None:
