@@ -8,9 +8,10 @@ constructors, and the return types that the bindings state. What only a person c
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ import tensorrt_rtx as rtx
 from signatures import return_type_of, signatures_of
 
 PARAMETERS: dict[str, type] = {
+    "buffer": cuda.core.Buffer,
     "builder": rtx.Builder,
     "config": rtx.IBuilderConfig,
     "context": rtx.IExecutionContext,
@@ -34,6 +36,7 @@ PARAMETERS: dict[str, type] = {
     "loaded": rtx.ICudaEngine,
     "network": rtx.INetworkDefinition,
     "parser": rtx.OnnxParser,
+    "refitter": rtx.Refitter,
     "runtime": rtx.Runtime,
     "runtime_cache.config": rtx.IRuntimeConfig,
     "stream": cuda.core.Stream,
@@ -50,6 +53,16 @@ POLYGRAPHY: dict[str, tuple[type, ...]] = {
 CALLBACKS = {(rtx.IStreamWriter, "write"): 1}
 """Arguments of what the libraries call back, where the docstring tells those of the C++ function: TensorRT-RTX 1.7 passes one
 buffer, as the plans of tests/nitro_engines show."""
+
+TELLING = {
+    name
+    for module in (rtx, cuda.core, cuda.core.graph)
+    for kind in vars(module).values()
+    if inspect.isclass(kind) and not issubclass(kind, BaseException | tuple | str)
+    for name in vars(kind)
+    if "_" in name.strip("_") and not name.startswith("_")
+}
+"""Members of these libraries' classes whose names are of several words: they tell where a type was lost sight of."""
 
 NAMESPACES = (rtx, lean, cuda.core, cuda.core.graph)
 """Where the name of a return type is looked up."""
@@ -86,22 +99,37 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     num_calls: int = 0
     """Calls whose arguments were compared with a signature."""
+    unplaced: list[str] = field(default_factory=list)
+    """Names that these libraries have and we do not, on something of which it could not be told what it is."""
+    returns: dict[str, Token | None] = field(default_factory=dict)
+    """What our own functions return, by name; None where functions of one name differ, or it cannot be told."""
 
 
 def inspect_sources(paths: Iterable[Path]) -> Findings:
     """Look at every file."""
-    findings = Findings()
-    for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        _Reader(path, findings).body(tree, {}, {})
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    returns: dict[str, Token | None] = {}
+    for _ in range(4):  # each time with what functions return, which may call each other
+        findings = Findings()
+        for path, tree in trees.items():
+            _Reader(path, findings, returns).body(tree, {}, {})
+        if findings.returns == returns:
+            break
+        returns = findings.returns
+    ours = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    files = {use.where.partition(":")[0] for use in findings.uses}
+    findings.unplaced = [
+        where for where in findings.unplaced if where.partition(":")[0] in files and where.rpartition(".")[2] not in ours
+    ]
     return findings
 
 
 class _Reader:
     """One file. A name is one thing in a whole function, whatever the order of its lines, which suffices for our code."""
 
-    def __init__(self, path: Path, findings: Findings) -> None:
-        self._path, self._findings = path, findings
+    def __init__(self, path: Path, findings: Findings, returns: dict[str, Token | None]) -> None:
+        self._path, self._findings, self._returns = path, findings, returns
+        self._fields: dict[str, dict[str, Token]] = {}
 
     def body(self, node: ast.AST, outer: dict[str, Token], fields: dict[str, Token]) -> None:
         """A module, class or function: bind its names until nothing new is known, then record what it uses."""
@@ -109,18 +137,37 @@ class _Reader:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names |= self._parameters(node)
         if isinstance(node, ast.ClassDef):
-            fields = {}
+            bases = [self._fields.get(base.id, {}) for base in node.bases if isinstance(base, ast.Name)]
+            fields = self._fields[node.name] = {name: token for base in bases for name, token in base.items()}
+            methods = [inner for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef)]
             for _ in range(3):
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.FunctionDef):
-                        self._bind(inner, names | self._parameters(inner), fields)
+                known = len(fields)
+                for method in methods:
+                    self._bind(method, names | self._parameters(method), fields)
+                if len(fields) == known:
+                    break
             self._check_overrides(node, names, fields)
         for _ in range(3):
+            known = len(names) + len(fields)
             self._bind(node, names, fields)
+            if len(names) + len(fields) == known:
+                break
+        if isinstance(node, ast.FunctionDef):
+            self._note_return(node, names, fields)
         for inner in _within(node):
             self._record(inner, names, fields)
         for inner in _inner_scopes(node):
             self.body(inner, names, fields)
+
+    def _note_return(self, function: ast.FunctionDef, names: dict[str, Token], fields: dict[str, Token]) -> None:
+        returned = [inner.value for inner in _within(function) if isinstance(inner, ast.Return) and inner.value is not None]
+        tokens = [self._infer(value, names, fields) for value in returned if not isinstance(value, ast.Constant)]
+        if not tokens:
+            return
+        token = tokens[0] if all(other == tokens[0] for other in tokens) else None
+        known = self._findings.returns.setdefault(function.name, token)
+        if known != token:
+            self._findings.returns[function.name] = None
 
     def _parameters(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Token]:
         arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
@@ -167,6 +214,9 @@ class _Reader:
         if isinstance(node, ast.Tuple):
             tokens = [self._infer(element, names, fields) for element in node.elts]
             return Token("tuple", tuple(tokens)) if any(tokens) else None
+        if isinstance(node, ast.GeneratorExp | ast.ListComp):
+            element = self._infer(node.elt, names, fields)
+            return Token("tuple", (element,)) if element is not None else None
         if isinstance(node, ast.Subscript):
             elements = self._infer(node.value, names, fields)
             return elements.value[0] if elements is not None and elements.kind == "tuple" else None
@@ -188,8 +238,8 @@ class _Reader:
             made = tuple(Token("object", kind) for kind in POLYGRAPHY[node.func.func.id])
             return made[0] if len(made) == 1 else Token("tuple", made)
         called = self._infer(node.func, names, fields)
-        if called is None:
-            return None
+        if called is None:  # perhaps a function of ours
+            return self._returns.get(_last_name(node.func))
         if called.kind == "class":
             return Token("object", called.value)
         return _returned(called) if called.kind == "callable" else None
@@ -200,6 +250,8 @@ class _Reader:
             owner = self._infer(node.value, names, fields)
             if owner is not None and owner.kind in ("module", "class", "object"):
                 self._use(owner, node.attr, where)
+            elif owner is None and node.attr in TELLING and not _is_self(node.value):
+                self._findings.unplaced.append(f"{where}: {ast.unparse(node)}")
         elif isinstance(node, ast.Call):
             called = self._infer(node.func, names, fields)
             if called is not None and called.kind in ("class", "callable"):
@@ -328,21 +380,24 @@ def _imported(node: ast.Import | ast.ImportFrom) -> dict[str, Token]:
     return names
 
 
-def _within(node: ast.AST) -> Iterator[ast.AST]:
+@functools.cache
+def _within(node: ast.AST) -> tuple[ast.AST, ...]:
     """Every node of a scope, inner functions and classes left out."""
+    found: list[ast.AST] = []
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            continue
-        yield child
-        yield from _within(child)
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found += (child, *_within(child))
+    return tuple(found)
 
 
-def _inner_scopes(node: ast.AST) -> Iterator[ast.AST]:
+@functools.cache
+def _inner_scopes(node: ast.AST) -> tuple[ast.AST, ...]:
+    """Functions and classes of a scope."""
+    found: list[ast.AST] = []
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield child
-        else:
-            yield from _inner_scopes(child)
+        is_scope = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        found += (child,) if is_scope else _inner_scopes(child)
+    return tuple(found)
 
 
 def _numbers(called: Any) -> set[int]:
