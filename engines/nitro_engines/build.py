@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nitro_engines.bundle import BuildResult, bundle_from_graphs, engines_from_graphs, read_graphs
+from nitro_engines.bundle import BuildResult, bundle_from_graphs, engines_from_graphs
 from nitro_engines.cache import EngineCache
-from nitro_engines.files import Report, foreign_errors, fsync, silent, storage_errors
+from nitro_engines.files import Report, foreign_errors, fsync, link_or_copy, silent, storage_errors
 from nitro_engines.gate import Gate, QualityMissed
-from nitro_engines.plan import Preparation, cached_graphs, forecast, prepare_build
+from nitro_engines.graphs import read_graphs
+from nitro_engines.plan import Preparation, cached_graphs, forecast, prepare_build, require_room
 from nitro_engines.publish import prepare
 from nitro_engines.quantisation import recipe_of, worst_operators
 from nitro_engines.request import AUTO, BuildRequest
@@ -26,6 +29,10 @@ from nitro_engines.speed import (
     require_measurable,
 )
 from nitro_rt.errors import BundleError, ModelNotFound
+from nitro_rt.manifest import sha256_of
+
+_WEIGHTS = re.compile(r"[0-9a-f]{64}\.(safetensors|data)")
+"""Names of weight files of graphs."""
 
 
 def build(request: BuildRequest, report: Report = silent, cache: EngineCache | None = None) -> BuildResult:
@@ -44,10 +51,20 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
         return _build_fastest(request, report, cache)
     prepared, out = _prepared(request, report, cache)
     started = time.perf_counter()
-    graphs, exported = _graphs(prepared, cache, report)
-    seconds = {"export": round(time.perf_counter() - started, 3)} if exported else {}
+    made = [_graphs(prepared, size_px, cache, report) for size_px in prepared.request.sizes_px]
+    seconds = {"export": round(time.perf_counter() - started, 3)} if any(exported for _, exported in made) else {}
+    graphs, *more_sizes = (folder for folder, _ in made)
     try:
-        result = bundle_from_graphs(graphs, out, prepared.backend, cache, report, gate=_gate(prepared, report))
+        result = bundle_from_graphs(
+            graphs,
+            out,
+            prepared.backend,
+            cache,
+            report,
+            more_sizes=more_sizes,
+            gate=_gate(prepared, report),
+            rebuild=request.rebuild,
+        )
     except QualityMissed as exc:
         if prepared.quantisation is None:
             raise
@@ -64,8 +81,9 @@ def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) ->
     started = time.perf_counter()
     parent, out = _prepared(dataclasses.replace(request, precision=FLOAT_PRECISIONS[request.backend]), report, cache)
     quantised = prepare_build(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO))
-    forecast(quantised, cache, cached_graphs(cache.graphs / quantised.graphs_key)).require()
-    folders = [_graphs(prepared, cache, report)[0] for prepared in (parent, quantised)]
+    require_room(forecast(quantised, cache, cached_graphs(quantised, cache)))
+    (size_px,) = parent.request.sizes_px
+    folders = [_graphs(prepared, size_px, cache, report)[0] for prepared in (parent, quantised)]
     engines = [engines_from_graphs(folder, parent.backend, cache, report) for folder in folders]
     results = compare_stages(engines[1], engines[0], cache, report)
     seconds = {"candidates": round(time.perf_counter() - started, 3)}
@@ -94,7 +112,7 @@ def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) ->
 def _prepared(request: BuildRequest, report: Report, cache: EngineCache) -> tuple[Preparation, Path]:
     """The preparation and the output folder, once both are known to do."""
     prepared = prepare_build(request)
-    forecast(prepared, cache, cached_graphs(cache.graphs / prepared.graphs_key)).require()
+    require_room(forecast(prepared, cache, cached_graphs(prepared, cache)))
     assert prepared.request.out is not None
     out = prepare(prepared.request.out, report)
     cache.sweep(report)
@@ -113,22 +131,22 @@ def _gate(prepared: Preparation, report: Report) -> Gate:
     )
 
 
-def _graphs(prepared: Preparation, cache: EngineCache, report: Report) -> tuple[Path, bool]:
-    """The folder of graphs to build from, and whether it was made now."""
-    folder = cache.graphs / prepared.graphs_key
+def _graphs(prepared: Preparation, size_px: int, cache: EngineCache, report: Report) -> tuple[Path, bool]:
+    """The folder of graphs of one size to build from, and whether it was made now."""
+    at = f" at {size_px} px" if len(prepared.request.sizes_px) > 1 else ""
+
+    def exported() -> tuple[Path, bool]:
+        make = functools.partial(_export, prepared, size_px, report=report)
+        return _kept(prepared.float_key(size_px), f"graphs{at}", make, cache, report)
+
     if prepared.quantisation is None:
-        return _kept(prepared.float_key, "graphs", lambda out: _export(prepared, out, report), cache, report)
-    if _whole(folder):
-        report(f"graphs in {prepared.quantisation.precision} of {prepared.source.name} from the cache")
-        return folder, False
-    exported, _ = _kept(prepared.float_key, "graphs", lambda out: _export(prepared, out, report), cache, report)
-    return _kept(
-        prepared.graphs_key,
-        f"graphs in {prepared.quantisation.precision}",
-        lambda out: _quantise(prepared, exported, out, cache, report),
-        cache,
-        report,
-    )
+        return exported()
+    key, precision = prepared.graphs_key(size_px), prepared.quantisation.precision
+    if _whole(cache.graphs / key):
+        report(f"graphs{at} in {precision} of {prepared.source.name} from the cache")
+        return cache.graphs / key, False
+    make = functools.partial(_quantise, prepared, size_px, exported()[0], cache=cache, report=report)
+    return _kept(key, f"graphs{at} in {precision}", make, cache, report)
 
 
 def _kept(key: str, what: str, make: Callable[[Path], None], cache: EngineCache, report: Report) -> tuple[Path, bool]:
@@ -146,11 +164,28 @@ def _kept(key: str, what: str, make: Callable[[Path], None], cache: EngineCache,
                     shutil.rmtree(folder)
         make(work / "graphs")
         with storage_errors("storing the graphs", folder):
+            _share_weights(work / "graphs", cache.graphs)
             for path in sorted((work / "graphs").rglob("*")):
                 fsync(path)
             os.replace(work / "graphs", folder)
             fsync(folder.parent)
         return folder, True
+
+
+def _share_weights(folder: Path, others: Path) -> None:
+    """Hard links instead of weight files that graphs in the cache have already: other sizes, steps and batches of one
+    checkpoint have the same weights. Their names are their digests."""
+    for path in sorted(folder.iterdir()):
+        if not _WEIGHTS.fullmatch(path.name):
+            continue
+        known = (other for other in others.glob(f"*/{path.name}") if not other.samefile(path))
+        same = next((other for other in known if other.stat().st_size == path.stat().st_size), None)
+        if same is not None and sha256_of(same) == path.stem:
+            link = path.with_name(f"{path.name}.link")
+            if link_or_copy(same, link):
+                os.replace(link, path)
+            else:
+                link.unlink()
 
 
 def _whole(folder: Path) -> bool:
@@ -161,17 +196,17 @@ def _whole(folder: Path) -> bool:
     return True
 
 
-def _quantise(prepared: Preparation, exported: Path, out: Path, cache: EngineCache, report: Report) -> None:
+def _quantise(prepared: Preparation, size_px: int, exported: Path, out: Path, *, cache: EngineCache, report: Report) -> None:
     from nitro_export.quantise import quantise_graphs
 
     assert prepared.quantisation is not None
     checkpoint = prepared.source.assemble(report)
     with foreign_errors(f"quantising {prepared.source.name}", out.parent):
-        recipe = recipe_of(prepared.quantisation, prepared.float_fields, checkpoint, cache, report)
+        recipe = recipe_of(prepared.quantisation, prepared.float_fields[size_px], checkpoint, cache, report)
         quantise_graphs(exported, out, recipe, report=_without(out, report))
 
 
-def _export(prepared: Preparation, out: Path, report: Report) -> None:
+def _export(prepared: Preparation, size_px: int, out: Path, *, report: Report) -> None:
     from nitro_export import export_checkpoint
 
     request = prepared.request
@@ -182,8 +217,8 @@ def _export(prepared: Preparation, out: Path, report: Report) -> None:
             out,
             steps=request.steps,
             shift=request.shift,
-            precision=prepared.float_fields["precision"],
-            size_px=request.size_px,
+            precision=prepared.float_fields[size_px]["precision"],
+            size_px=size_px,
             batch=request.batch,
             name=prepared.source.name,
             origin=prepared.source.origin,

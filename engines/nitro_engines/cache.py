@@ -128,6 +128,13 @@ class EngineCache:
             return None
         return entry.engine
 
+    def entry(self, key: str) -> Engine | None:
+        """The engine of `key` as its entry says, whatever became of its files; None if there is no readable entry."""
+        try:
+            return self._read(self._entries / f"{key}.json").engine
+        except BundleError:
+            return None
+
     def has(self, key: str) -> bool:
         """Whether an entry exists and its files have their sizes; digests are compared only by `find`."""
         path = self._entries / f"{key}.json"

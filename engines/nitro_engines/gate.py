@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,19 @@ import nitro_rt.references
 from nitro_engines.backends import Backend, load_backend
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, source_sha256
+from nitro_engines.graphs import sized_stage
+from nitro_engines.history import running_files
 from nitro_engines.host import cpu_target
 from nitro_engines.keys import key_of
-from nitro_engines.publish import assemble
+from nitro_engines.publish import assemble, engines_of
 from nitro_engines.quantisation import QUANTISED
 from nitro_engines.references import references_of
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, EngineMismatch
-from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, from_json
+from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, SizeEngines, from_json
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
+from nitro_rt.providers import GPU_PROVIDERS, provider_of
 from nitro_rt.quality import Comparison, QualityResult, limits_of
 from nitro_rt.references import compare_with_parent, with_steps
 
@@ -50,9 +53,17 @@ class Gate:
     allow_quality_loss: bool = False
     """Publish what misses its limits, and say so in the manifest."""
 
-    def references(self, graphs: GraphsManifest, cache: EngineCache, report: Report) -> tuple[Reference, ...]:
-        """The parent's pictures, drawn now where the cache lacks them. Raises: as `references_of`."""
-        return references_of(self.checkpoint, graphs, self.num_prompts, cache, report)
+    def references(self, sizes: Sequence[GraphsManifest], cache: EngineCache, report: Report) -> tuple[Reference, ...]:
+        """The parent's pictures, drawn now where the cache lacks them. Raises: as `references_of`.
+
+        Args: sizes: the graphs of each size, the bundle's first size first.
+        """
+        first, *others = sizes
+        references = references_of(self.checkpoint, first, self.num_prompts, cache, report)
+        for graphs in others:
+            drawn = references_of(self.checkpoint, graphs, self.num_prompts, cache, report)
+            references += tuple(dataclasses.replace(reference, size_px=graphs.size_px) for reference in drawn)
+        return references
 
     def judged(self, bundle: BundleManifest, compile_on: Compile, cache: EngineCache, report: Report) -> BundleManifest:
         """The manifest with what was measured.
@@ -78,10 +89,14 @@ class Gate:
 
 
 def measure(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, report: Report) -> tuple[QualityResult, ...]:
-    """How near the bundle comes to its references, per step count; measured once and then taken from the cache."""
+    """How near the bundle comes to its references, per size and step count; measured once and then taken from the cache."""
     key = key_of(
         {
-            "engines": {stage: engine.key for stage, engine in _engines(bundle).items()},
+            # Their files, too: TensorRT need not give the same engine for the same key.
+            "engines": {
+                stage: [engine.key, *(reference.sha256 for reference in running_files(engine))]
+                for stage, engine in engines_of(bundle)
+            },
             "tokenizers": [dataclasses.asdict(tokenizer) for tokenizer in bundle.tokenizers],
             "references": [dataclasses.asdict(reference) for reference in bundle.references],
             "machine": cpu_target(),
@@ -109,7 +124,7 @@ class GateRecord:
 def sentence(result: QualityResult) -> str:
     """One line for people."""
     verdict = "passed" if result.passed else "missed, allowed" if result.loss_allowed else "missed"
-    steps = f"{result.num_steps} step{'s' * (result.num_steps > 1)}"
+    steps = f"{result.num_steps} step{'s' * (result.num_steps > 1)}{f' at {result.size_px} px' if result.size_px else ''}"
     return (
         f"quality, {steps}: PSNR {result.psnr_db.worst:.1f} dB (limit {result.limits.psnr_db:g}), SSIM {result.ssim.worst:.4f} "
         f"(limit {result.limits.ssim:g}), the worst of {result.num_images} images on {result.judged_on}: {verdict}"
@@ -128,18 +143,21 @@ def _measured(
     bundle: BundleManifest, compile_on: Compile, cache: EngineCache, work: Path, report: Report
 ) -> Iterator[QualityResult]:
     with _runnable(bundle, compile_on, cache, work, report) as runnable:
-        for num_steps in runnable.built_steps:
-            with foreign_errors("judging the bundle", work), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ComputeTypeDiffers)
-                with Pipeline.of(with_steps(runnable, num_steps)) as pipe:
-                    comparison, dtypes = compare_with_parent(pipe, num_steps), pipe.compute_dtypes
-            yield _result(bundle, num_steps, comparison, runnable.backend, dtypes)
+        for size_px in bundle.sizes_px:
+            for num_steps in runnable.built_steps:
+                with foreign_errors("judging the bundle", work), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ComputeTypeDiffers)
+                    with Pipeline.of(with_steps(runnable.at_size(size_px), num_steps)) as pipe:
+                        comparison, dtypes = compare_with_parent(pipe, num_steps), pipe.compute_dtypes
+                result = _result(runnable.engines_at(size_px), num_steps, comparison, runnable, dtypes)
+                # The first size is written as 0 in a manifest: most bundles have no other.
+                yield result if size_px == bundle.sizes_px[0] else dataclasses.replace(result, size_px=size_px)
 
 
 def _result(
-    bundle: BundleManifest, num_steps: int, comparison: Comparison, judged_on: str, dtypes: dict[str, str]
+    sized: SizeEngines, num_steps: int, comparison: Comparison, runnable: Bundle, dtypes: dict[str, str]
 ) -> QualityResult:
-    engines = (bundle.text, bundle.denoise[num_steps], bundle.decode)
+    engines = (runnable.manifest.text, sized.denoise[num_steps], sized.decode)
     limits = limits_of((engine.precision for engine in engines), dtypes.values())
     return QualityResult(
         num_steps=num_steps,
@@ -149,7 +167,7 @@ def _result(
         limits=limits,
         passed=comparison.passes(limits),
         loss_allowed=False,
-        judged_on=judged_on,
+        judged_on=runnable.backend,
         compute_dtypes=dtypes,
     )
 
@@ -158,11 +176,12 @@ def _result(
 def _runnable(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, work: Path, report: Report) -> Iterator[Bundle]:
     """The bundle in a folder of its own, or the same graphs on a backend that runs here."""
     own = _assembled(work / "bundle", bundle, cache)
-    if bundle.decode.backend not in RUNTIMES or _loads(own):
+    provider = provider_of(own)
+    if not (bundle.decode.backend in RUNTIMES or provider in GPU_PROVIDERS) or _loads(own):
         yield own
         return
     name = _stand_in(bundle)
-    report(f"{bundle.decode.backend} engines do not run on this machine; their graphs are judged on {name}")
+    report(f"{provider or bundle.decode.backend} engines do not run on this machine; their graphs are judged on {name}")
     engines = compile_on(load_backend(name))
     if name == "onnxruntime":
         # Fused, its integer kernels would be judged (without VNNI their sums saturate), not the numbers of the graph.
@@ -173,7 +192,7 @@ def _runnable(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, w
 
 def _stand_in(bundle: BundleManifest) -> str:
     """ONNX Runtime computes quantised graphs as they are written, in floats; OpenVINO also knows bfloat16."""
-    return "openvino" if any(engine.precision == "bf16" for engine in _engines(bundle).values()) else "onnxruntime"
+    return "openvino" if any(engine.precision == "bf16" for _, engine in engines_of(bundle)) else "onnxruntime"
 
 
 def _as_written(engine: Engine) -> Engine:
@@ -182,7 +201,7 @@ def _as_written(engine: Engine) -> Engine:
 
 def _loads(bundle: Bundle) -> bool:
     try:
-        Pipeline.of(with_steps(bundle, bundle.built_steps[0])).close()
+        Pipeline.of(with_steps(bundle.at_size(bundle.manifest.sizes_px[0]), bundle.built_steps[0])).close()
     except (BackendUnavailable, EngineMismatch):
         return False
     return True
@@ -194,11 +213,14 @@ def _assembled(folder: Path, bundle: BundleManifest, cache: EngineCache) -> Bund
     return open_bundle(folder)
 
 
-def _engines(bundle: BundleManifest) -> Engines:
-    denoise = {f"denoise/{num_steps}": engine for num_steps, engine in sorted(bundle.denoise.items())}
-    return {"text": bundle.text, **denoise, "decode": bundle.decode}
-
-
 def _with_engines(bundle: BundleManifest, engines: Engines) -> BundleManifest:
-    denoise = {num_steps: engines[f"denoise/{num_steps}"] for num_steps in bundle.denoise}
-    return dataclasses.replace(bundle, text=engines["text"], denoise=denoise, decode=engines["decode"])
+    """The same bundle of other engines; all of its names of stages are in `engines`."""
+
+    def sized(size_px: int) -> SizeEngines:
+        first_px = bundle.sizes_px[0]
+        denoise = {count: engines[sized_stage(f"denoise/{count}", size_px, first_px)] for count in bundle.denoise}
+        return SizeEngines(denoise=denoise, decode=engines[sized_stage("decode", size_px, first_px)])
+
+    first = sized(bundle.sizes_px[0])
+    more = {size_px: sized(size_px) for size_px in bundle.more_sizes}
+    return dataclasses.replace(bundle, text=engines["text"], denoise=first.denoise, decode=first.decode, more_sizes=more)

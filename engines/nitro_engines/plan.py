@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nitro_engines.backends import Backend, load_backend
 from nitro_engines.backends.rtx_targets import check_precision
-from nitro_engines.bundle import GRAPH_DTYPES, backend_fields, bundle_fields, graphs_of, read_graphs, stage_fields
 from nitro_engines.cache import EngineCache
+from nitro_engines.fields import backend_fields, bundle_fields, stage_fields
+from nitro_engines.graphs import GRAPH_DTYPES, Part, graphs_of, parts_of, read_graphs, sized_stage
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
-from nitro_engines.memory import MemoryForecast, plan_memory
+from nitro_engines.memory import GIB, MemoryForecast, plan_memory
 from nitro_engines.models import ModelSource, resolve_model
 from nitro_engines.quantisation import BASE_PRECISION, Quantisation, quantisation_of
 from nitro_engines.request import AUTO, BuildRequest
 from nitro_engines.speed import QUANTISED_FOR_AUTO, require_measurable
-from nitro_rt.errors import BundleError, ModelNotFound
+from nitro_rt.errors import BuildError, BundleError, ModelNotFound
 from nitro_rt.manifest import GraphsManifest
 
 
@@ -29,23 +31,26 @@ class BuildPlan:
     """
 
     request: BuildRequest
-    """With size, shift and output folder decided."""
+    """With sizes, shift and output folder decided."""
     source: ModelSource
     checkpoint_sha256: str | None
     """None until a checkpoint made of parts is assembled."""
-    graphs_key: str
+    graphs_keys: dict[int, str]
+    """By size in pixels."""
     graphs_cached: bool
+    """Those of every size."""
     engine_key: str | None
     """None until the graphs exist: their digests are part of it."""
     fields: Fields
     """The engine key's fields; without `onnx_sha256` while the graphs do not exist."""
     stages: dict[str, str]
-    """Stage -> `cached`, `build`, or `unknown` while the graphs do not exist."""
+    """Stage -> `cached`, `build`, or `unknown` while the graphs do not all exist."""
     nearest_key: str | None
     """The engine key built before that differs least; None if none was built."""
     differences: tuple[Difference, ...]
     """Its fields that differ, as far as they are known."""
-    memory: MemoryForecast
+    memory: dict[int, MemoryForecast]
+    """By size in pixels: sizes are exported and built one after another."""
     out: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,27 +60,37 @@ class BuildPlan:
         source |= {"checkpoint": str(self.source.checkpoint)}
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         differing = [dataclasses.asdict(difference) for difference in self.differences]
-        own = {"request": request, "source": source, "differences": differing, "memory": self.memory.as_dict()}
+        memory = {size_px: forecast.as_dict() for size_px, forecast in self.memory.items()}
+        own = {"request": request, "source": source, "differences": differing, "memory": memory}
         return facts | own | {"out": str(self.out)}
 
     def lines(self, *, explain: bool = False) -> list[str]:
         """For people; `explain` adds the comparison with the nearest key."""
         request = self.request
-        steps, size = ", ".join(map(str, request.steps)), f"{request.size_px} px, batch {request.batch}"
+        steps = ", ".join(map(str, request.steps))
+        size = f"{', '.join(map(str, request.sizes_px))} px, batch {request.batch}"
         targets = " for " + ", ".join(request.targets) if request.targets else ""
+        on = f" on {request.provider}" if request.provider else ""
         lines = [
             f"model       {self.source.name} ({self.checkpoint_sha256[:12] if self.checkpoint_sha256 else 'to be assembled'})",
             *(f"part        {note}" for note in self.source.notes),
             *([f"licence     {self.source.licence}"] if self.source.licence else []),
             f"build       steps {steps}; {size}, {request.precision}, shift {request.shift}",
-            f"backend     {request.backend}{targets}, computes in {self.fields['options']['compute_dtype']}",
+            f"backend     {request.backend}{on}{targets}, computes in {self.fields['options']['compute_dtype']}",
             f"graphs      {'cached' if self.graphs_cached else 'to be exported'}",
             *(f"engine      {stage}: {state}" for stage, state in self.stages.items()),
             f"engine key  {self.engine_key or 'known after the export'}",
-            *self.memory.lines(),
+            *self._memory_lines(),
             f"out         {self.out}",
         ]
         return lines + self._explanation() if explain else lines
+
+    def _memory_lines(self) -> list[str]:
+        lines: list[str] = []
+        for size_px, forecast in self.memory.items():
+            lines += [f"size        {size_px} px"] if len(self.memory) > 1 else []
+            lines += forecast.lines()
+        return lines
 
     def _explanation(self) -> list[str]:
         if self.nearest_key is None:
@@ -97,21 +112,19 @@ class Preparation:
     backend: Backend
     checkpoint_sha256: str | None
     """None until a checkpoint made of parts is assembled."""
-    float_fields: Fields
-    """Everything that decides the exported graphs."""
+    float_fields: dict[int, Fields]
+    """Everything that decides the exported graphs, by size in pixels."""
     quantisation: Quantisation | None
     """What is done to them; None for a float precision."""
 
-    @property
-    def float_key(self) -> str:
-        return key_of(self.float_fields)
+    def float_key(self, size_px: int) -> str:
+        return key_of(self.float_fields[size_px])
 
-    @property
-    def graphs_key(self) -> str:
+    def graphs_key(self, size_px: int) -> str:
         """Of the graphs that the engines are built from."""
         if self.quantisation is None:
-            return self.float_key
-        return key_of({**self.float_fields, "quantisation": self.quantisation.fields()})
+            return self.float_key(size_px)
+        return key_of({**self.float_fields[size_px], "quantisation": self.quantisation.fields()})
 
 
 def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
@@ -126,18 +139,19 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
         quantised = plan(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO), cache)
         return dataclasses.replace(quantised, request=dataclasses.replace(quantised.request, precision=AUTO))
     prepared, cache = prepare_build(request), cache or EngineCache()
-    graphs = cached_graphs(cache.graphs / prepared.graphs_key)
-    if graphs is None:
+    graphs = cached_graphs(prepared, cache)
+    complete = all(graphs.values())
+    parts = _parts(prepared, cache) if complete else None
+    if parts is None:
         fields = _fields_before_export(prepared)
-        stages = dict.fromkeys(("text", *(f"denoise/{n}" for n in prepared.request.steps), "decode"), "unknown")
+        stages = dict.fromkeys(_stage_names(prepared.request), "unknown")
     else:
-        fields = bundle_fields(graphs, prepared.backend)
-        keys = {stage: key_of(stage_fields(graphs, stage, graph, prepared.backend)) for stage, graph in graphs_of(graphs)}
-        stages = {stage: "cached" if cache.has(key) else "build" for stage, key in keys.items()}
-    engine_key = key_of(fields) if graphs else None
+        fields = bundle_fields(parts, prepared.backend)
+        stages = {stage: "cached" if _is_cached(part, prepared.backend, cache) else "build" for stage, part in parts.items()}
+    engine_key = key_of(fields) if complete else None
     built = cache.known_builds()
-    if graphs is None:  # compare what can be compared
-        unknown = {"onnx_sha256", "checkpoint_sha256"} - fields.keys()
+    if not complete:  # compare what can be compared
+        unknown = {"onnx_sha256", "checkpoint_sha256", "recipe_sha256"} - fields.keys()
         built = {key: {name: value for name, value in known.items() if name not in unknown} for key, known in built.items()}
     closest = engine_key if engine_key in built else nearest(fields, built)
     assert prepared.request.out is not None
@@ -145,8 +159,8 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
         request=prepared.request,
         source=prepared.source,
         checkpoint_sha256=prepared.checkpoint_sha256,
-        graphs_key=prepared.graphs_key,
-        graphs_cached=graphs is not None,
+        graphs_keys={size_px: prepared.graphs_key(size_px) for size_px in graphs},
+        graphs_cached=complete,
         engine_key=engine_key,
         fields=fields,
         stages=stages,
@@ -157,27 +171,47 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
     )
 
 
-def forecast(prepared: Preparation, cache: EngineCache, graphs: GraphsManifest | None) -> MemoryForecast:
-    """What the build needs beyond what is cached. Args: graphs: the cached ones; None: they are to be made."""
+def forecast(
+    prepared: Preparation, cache: EngineCache, graphs: Mapping[int, GraphsManifest | None]
+) -> dict[int, MemoryForecast]:
+    """What the build needs beyond what is cached, by size.
+
+    Args: graphs: the cached ones by size; None: they are to be made.
+    """
     from nitro_export import read_checkpoint
 
     request, backend = prepared.request, prepared.backend
-    assert request.size_px is not None
-    keys = {stage: key_of(stage_fields(graphs, stage, g, backend)) for stage, g in graphs_of(graphs)} if graphs else {}
     with prepared.source.opened() as folder:
-        return plan_memory(
-            read_checkpoint(folder),
-            precision=request.precision,
-            num_steps=request.steps,
-            size_px=request.size_px,
-            batch=request.batch,
-            backend=backend.name,
-            compute_dtype=backend.compute_dtype(GRAPH_DTYPES[request.precision]),
-            targets=request.targets,
-            cache_root=cache.root,
-            exported=graphs is not None,
-            built=frozenset(stage for stage, key in keys.items() if cache.has(key)),
-            gated=request.gate_prompts > 0,
+        checkpoint = read_checkpoint(folder)
+        return {
+            size_px: plan_memory(
+                checkpoint,
+                precision=request.precision,
+                num_steps=request.steps,
+                size_px=size_px,
+                batch=request.batch,
+                backend=backend.name,
+                compute_dtype=backend.compute_dtype(GRAPH_DTYPES[request.precision]),
+                targets=request.targets,
+                cache_root=cache.root,
+                exported=manifest is not None,
+                built=_built_stages(manifest, backend, cache) | ({"text"} if size_px != request.sizes_px[0] else set()),
+                gated=request.gate_prompts > 0,
+            )
+            for size_px, manifest in graphs.items()
+        }
+
+
+def require_room(forecasts: Mapping[int, MemoryForecast]) -> None:
+    """Raises: BuildError if one size does not fit, or all of them together do not fit the disk."""
+    for forecast in forecasts.values():
+        forecast.require()
+    num_bytes = sum(forecast.disk_bytes for forecast in forecasts.values())
+    free_bytes = min(forecast.free_disk_bytes for forecast in forecasts.values())
+    if num_bytes > free_bytes:
+        raise BuildError(
+            f"this build does not fit: {', '.join(map(str, forecasts))} px together need {num_bytes / GIB:.1f} GiB of the "
+            f"cache's disk, and {free_bytes / GIB:.1f} GiB are free. Nothing was done. Name fewer of --size, or free some space"
         )
 
 
@@ -185,13 +219,13 @@ def prepare_build(request: BuildRequest) -> Preparation:
     """Everything about a build that is cheap to know; also where a wrong request is refused."""
     from nitro_export import read_checkpoint, toolchain
 
-    backend = load_backend(request.backend, request.targets)
+    backend = load_backend(request.backend, request.targets, provider=request.provider)
     backend.compute_dtype(GRAPH_DTYPES[request.precision])
-    check_precision(request.targets, request.precision)
+    check_precision(tuple(backend.target().get("targets", "").split()), request.precision)
     source = resolve_model(request.model, base=request.base, decoder=request.decoder, loras=request.loras)
     with source.opened() as folder:
         resolved = request.resolved(source, read_checkpoint(folder))
-    quantisation = quantisation_of(request.precision, request.backend)
+    quantisation = quantisation_of(request.precision, request.backend, request.provider)
     fields = {
         "checkpoint": source.key(),
         "name": source.name,
@@ -200,7 +234,6 @@ def prepare_build(request: BuildRequest) -> Preparation:
         "steps": list(resolved.steps),
         "shift": resolved.shift,
         "precision": BASE_PRECISION if quantisation else resolved.precision,
-        "size_px": resolved.size_px,
         "batch": resolved.batch,
         "toolchain": toolchain(),
     }
@@ -209,23 +242,52 @@ def prepare_build(request: BuildRequest) -> Preparation:
         source=source,
         backend=backend,
         checkpoint_sha256=source.known_sha256(),
-        float_fields=fields,
+        float_fields={size_px: {**fields, "size_px": size_px} for size_px in resolved.sizes_px},
         quantisation=quantisation,
     )
 
 
+def cached_graphs(prepared: Preparation, cache: EngineCache) -> dict[int, GraphsManifest | None]:
+    """By size, None where they are absent or damaged: the build exports again."""
+    found: dict[int, GraphsManifest | None] = {}
+    for size_px in prepared.request.sizes_px:
+        try:
+            found[size_px] = read_graphs(cache.graphs / prepared.graphs_key(size_px))
+        except (ModelNotFound, BundleError):
+            found[size_px] = None
+    return found
+
+
+def _parts(prepared: Preparation, cache: EngineCache) -> dict[str, Part]:
+    return parts_of([cache.graphs / prepared.graphs_key(size_px) for size_px in prepared.request.sizes_px], {})
+
+
+def _is_cached(part: Part, backend: Backend, cache: EngineCache) -> bool:
+    return cache.has(key_of(stage_fields(part.manifest, part.stage, part.graph, backend)))
+
+
+def _built_stages(manifest: GraphsManifest | None, backend: Backend, cache: EngineCache) -> frozenset[str]:
+    """Stages of one size whose engines are in the cache."""
+    if manifest is None:
+        return frozenset()
+    keys = {stage: key_of(stage_fields(manifest, stage, graph, backend)) for stage, graph in graphs_of(manifest)}
+    return frozenset(stage for stage, key in keys.items() if cache.has(key))
+
+
+def _stage_names(request: BuildRequest) -> tuple[str, ...]:
+    kinds = (*(f"denoise/{count}" for count in request.steps), "decode")
+    first_px = request.sizes_px[0]
+    return ("text", *(sized_stage(kind, size_px, first_px) for size_px in request.sizes_px for kind in kinds))
+
+
 def _fields_before_export(prepared: Preparation) -> Fields:
-    """`bundle_fields` without the graphs' digests."""
-    precision = prepared.request.precision
-    graphs, own = prepared.float_fields, backend_fields(prepared.backend, precision, GRAPH_DTYPES[precision])
-    shared = {name: graphs[name] for name in ("steps", "shift", "size_px", "batch")}
+    """`bundle_fields` without the digests of the graphs and of the recipe that they are quantised by."""
+    request, graphs = prepared.request, next(iter(prepared.float_fields.values()))
+    own = backend_fields(prepared.backend, request.precision, GRAPH_DTYPES[request.precision])
+    shared = {name: graphs[name] for name in ("steps", "shift", "batch")}
+    shared |= {"sizes_px": list(request.sizes_px)}
     if prepared.checkpoint_sha256 is not None:
         shared["checkpoint_sha256"] = prepared.checkpoint_sha256
+    if prepared.quantisation is None:
+        shared["recipe_sha256"] = None
     return {**shared, **own, "toolchain": {**graphs["toolchain"], **own["toolchain"]}}
-
-
-def cached_graphs(folder: Path) -> GraphsManifest | None:
-    try:
-        return read_graphs(folder)
-    except (ModelNotFound, BundleError):
-        return None  # absent or damaged: the build exports again

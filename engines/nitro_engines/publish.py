@@ -20,19 +20,26 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nitro_engines.files import Report, fsync, link_or_copy, locked, silent, storage_errors, write_durably
+from nitro_rt.bundle import Bundle
 from nitro_rt.errors import BuildError, BundleError
-from nitro_rt.manifest import BUNDLE_FILE, BundleManifest, FileRef, check_file, resolve, to_json
+from nitro_rt.manifest import BUNDLE_FILE, BundleManifest, Engine, FileRef, check_file, resolve, to_json
 
 _CONTENT_NAME = re.compile(r"files/[0-9a-f]{64}(\.[A-Za-z0-9]+)?")
 
 
 def files_of(manifest: BundleManifest) -> tuple[FileRef, ...]:
     """Every file that a bundle names, once each, by path."""
-    engines = (manifest.text, *manifest.denoise.values(), manifest.decode)
-    references = [reference for engine in engines for reference in engine.files]
-    references += [tokenizer.file for tokenizer in manifest.tokenizers]
-    references += [reference.file for reference in manifest.references]
-    return tuple(sorted(set(references), key=lambda reference: reference.path))
+    return _nowhere(manifest).files()
+
+
+def engines_of(manifest: BundleManifest) -> Iterator[tuple[str, Engine]]:
+    """Every engine of a bundle with its stage: `text`, `denoise/1`, ..., `decode`, `decode@1024`."""
+    return _nowhere(manifest).engines()
+
+
+def _nowhere(manifest: BundleManifest) -> Bundle:
+    """A bundle that is not written yet, for what its manifest alone tells."""
+    return Bundle(folder=Path(), manifest=manifest, digest="")
 
 
 def prepare(out: Path, report: Report = silent) -> Path:

@@ -38,11 +38,15 @@ class BuildRequest:
     precision: str = "fp32"
     """fp32, fp16 or bf16: the type of the graphs; int8 or fp8: of their quantised operators; auto: the fastest that passes."""
     backend: str = "openvino"
-    """openvino, onnxruntime or tensorrt-rtx. The default runs everywhere; GPU executors come with TensorRT proper."""
+    """openvino, onnxruntime, tensorrt or tensorrt-rtx. The default runs everywhere; tensorrt builds for the GPU of this
+    machine."""
+    provider: str | None = None
+    """What ONNX Runtime runs on: cpu, cuda or tensorrt; None: cpu. For no other backend."""
     targets: tuple[str, ...] = ()
-    """GPU architectures, `sm89`; only for backends that build for another machine."""
-    size_px: int | None = None
-    """Side of the images; None: the checkpoint's own."""
+    """GPU architectures, `sm89`; only for tensorrt-rtx, which builds for another machine."""
+    sizes_px: tuple[int, ...] = ()
+    """Sides of the images that one bundle draws, first the one that it draws unasked, without repeats; empty: the
+    checkpoint's own."""
     batch: int = 1
     """Images per call that the engines have room for."""
     shift: int | None = None
@@ -51,6 +55,8 @@ class BuildRequest:
     """Pictures per step count that the bundle is compared with its float32 parent by, before it is published."""
     allow_quality_loss: bool = False
     """Publish a bundle that misses its quality limits, and say so in its manifest."""
+    rebuild: bool = False
+    """Compile engines that are cached, too, and report whether the same bytes come out."""
     out: Path | None = None
     """The bundle's folder; None: engines/<model>-<steps>step."""
 
@@ -59,28 +65,35 @@ class BuildRequest:
         object.__setattr__(self, "steps", _steps(self.steps))
         object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
         object.__setattr__(self, "loras", tuple(self.loras))
+        object.__setattr__(self, "sizes_px", tuple(dict.fromkeys(self.sizes_px)))
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision!r} is unknown; available: {', '.join(PRECISIONS)}")
         if not 1 <= self.batch <= MAX_BATCH:
             raise ConfigError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}")
-        if self.size_px is not None and self.size_px < 1:
-            raise ConfigError(f"--size must be positive, got {self.size_px}")
+        if any(size_px < 1 for size_px in self.sizes_px):
+            raise ConfigError(f"--size must be positive, got {', '.join(map(str, self.sizes_px))}")
+        if self.precision == AUTO and len(self.sizes_px) > 1:
+            raise ConfigError(
+                "--precision auto measures the engines of one size; name one --size, or a precision: int8 or fp16 for all of "
+                f"{', '.join(map(str, self.sizes_px))}"
+            )
         if not 1 <= self.gate_prompts <= MAX_GATE_PROMPTS:
             raise ConfigError(f"--gate-prompts must be from 1 to {MAX_GATE_PROMPTS}, got {self.gate_prompts}")
         if self.shift is not None and not 1 <= self.shift <= MAX_SHIFT:
             raise ConfigError(f"--shift must be from 1 to {MAX_SHIFT}, got {self.shift}")
 
     def resolved(self, source: ModelSource, checkpoint: Checkpoint) -> BuildRequest:
-        """This request with size, shift and output folder decided.
+        """This request with sizes, shift and output folder decided.
 
-        Raises: ConfigError if the size does not suit the model, or if nothing says the shift.
+        Raises: ConfigError if a size does not suit the model, or if nothing says the shift.
         """
-        size_px, multiple = self.size_px or checkpoint.native_size_px, checkpoint.size_multiple
-        if size_px % multiple:
-            raise ConfigError(f"--size must be a multiple of {multiple} pixels for {source.name}, got {size_px}")
+        sizes_px, multiple = self.sizes_px or (checkpoint.native_size_px,), checkpoint.size_multiple
+        unsuited = [size_px for size_px in sizes_px if size_px % multiple]
+        if unsuited:
+            raise ConfigError(f"--size must be a multiple of {multiple} pixels for {source.name}, got {unsuited[0]}")
         return dataclasses.replace(
             self,
-            size_px=size_px,
+            sizes_px=sizes_px,
             shift=self._shift(source, checkpoint.run),
             out=Path(self.out or default_out(source.name, self.steps)),
         )

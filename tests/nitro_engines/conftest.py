@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ class CopyBackend:
     def compute_dtype(self, graph_dtype: str) -> str:
         return graph_dtype
 
-    def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+    def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Any = None) -> list[Path]:
         time.sleep(self._seconds)
         self.compiled.append(onnx_path.stem)
         if self._log:

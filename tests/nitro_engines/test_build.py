@@ -134,7 +134,7 @@ def test_a_wrong_output_folder_is_refused_before_the_work(
         ({"model": "/no/such/folder"}, ModelNotFound),
         ({"backend": "cuda"}, ConfigError),
         ({"backend": "tensorrt-rtx", "targets": ("sm90",)}, ConfigError),
-        ({"size_px": 100}, ConfigError),
+        ({"sizes_px": (64, 100)}, ConfigError),
     ],
 )
 @pytest.mark.parametrize("job", [build, plan])
@@ -168,7 +168,8 @@ def test_a_plan_of_what_was_built(request_: BuildRequest, cache: EngineCache, ex
     [
         ({"steps": (1, 2)}, {"steps"}),
         ({"shift": 250}, {"shift"}),
-        ({"size_px": 96}, {"size_px"}),
+        ({"sizes_px": (96,)}, {"sizes_px"}),
+        ({"sizes_px": (64, 96)}, {"sizes_px"}),
         ({"batch": 3}, {"batch"}),
         ({"precision": "fp16"}, {"precision"}),
         ({"backend": "openvino"}, {"backend", "toolchain.openvino"}),
@@ -180,7 +181,7 @@ def test_the_plan_names_what_differs_from_the_nearest(
     build(request_, cache=cache)
     found = plan(changed(request_, **options), cache)
     assert named <= {difference.field for difference in found.differences}
-    if options.keys() & {"steps", "shift", "size_px", "batch"}:
+    if options.keys() & {"steps", "shift", "sizes_px", "batch"}:
         assert named == {difference.field for difference in found.differences}
     assert all(any(field in line for line in found.lines(explain=True)) for field in named)
 

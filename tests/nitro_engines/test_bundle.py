@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from nitro_engines.backends import load_backend
 from nitro_engines.bundle import build_bundle, bundle_from_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import source_sha256
 from nitro_engines.keys import key_of
+from nitro_rt import Pipeline
 from nitro_rt.bundle import open_bundle
-from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, ConfigError, ModelNotFound
+from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, ConfigError, EngineMismatch, ModelNotFound
 
 MakeGraphs = Callable[..., Path]
 CHILD = Path(__file__).parent / "build_child.py"
@@ -47,6 +49,61 @@ def test_a_bundle_and_its_manifest(make_graphs: MakeGraphs, cache: EngineCache, 
     assert manifest.engine_key == key_of(manifest.engine_key_fields)
     assert manifest.toolchain["copy"] == "1" and "onnx" in manifest.toolchain
     assert any("built in" in line for line in lines) and "published" in lines[-1]
+
+
+@pytest.mark.parametrize("sizes_px", [(32, 64), (64, 32)])
+def test_one_bundle_for_two_sizes(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path, sizes_px: tuple[int, int]
+) -> None:
+    folders = [make_graphs(f"at-{size_px}", size_px=size_px, steps=(1, 2), external=True) for size_px in sizes_px]
+    result = bundle_from_graphs(folders[0], tmp_path / "bundle", backend, cache, more_sizes=folders[1:])
+    bundle, second = open_bundle(tmp_path / "bundle"), sizes_px[1]
+    bundle.verify()
+    assert bundle.manifest.sizes_px == sizes_px and bundle.manifest.engine_key_fields["sizes_px"] == list(sizes_px)
+    sized = (f"denoise/1@{second}", f"denoise/2@{second}", f"decode@{second}")
+    assert tuple(result.stages) == ("text", "denoise/1", "denoise/2", "decode", *sized)
+    assert backend.compiled.count("text") == 1 and len(backend.compiled) == 7
+    for size_px in sizes_px:
+        assert bundle.engines_at(size_px).decode.outputs[0].shape == (1, size_px, size_px, 3)
+        assert bundle.at_size(size_px).manifest.text == bundle.manifest.text
+    # An engine is the same whichever size comes first in a bundle.
+    backend.compiled.clear()
+    other = bundle_from_graphs(folders[1], tmp_path / "other", backend, cache, more_sizes=folders[:1])
+    assert set(other.stages.values()) == {"cached"} and other.manifest.engine_key != result.manifest.engine_key
+    alone = bundle_from_graphs(folders[1], tmp_path / "alone", backend, cache)
+    assert set(alone.stages.values()) == {"cached"} and alone.manifest.decode == bundle.engines_at(second).decode
+
+
+def test_sizes_share_their_weight_files(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
+    folders = [make_graphs(f"at-{size_px}", size_px=size_px, external=True) for size_px in (32, 64)]
+    backend = load_backend("openvino")
+    manifest = bundle_from_graphs(folders[0], tmp_path / "bundle", backend, cache, more_sizes=folders[1:]).manifest
+    assert manifest.more_sizes[64].decode.files[1:] == manifest.decode.files[1:]
+    assert manifest.more_sizes[64].denoise[1].files[1:] == manifest.denoise[1].files[1:]
+    with Pipeline.load(tmp_path / "bundle") as pipe:
+        assert pipe("a red apple", seed=0).images[0].size == (32, 32)
+        assert pipe("a red apple", seed=0, size=64).images[0].size == (64, 64)
+        with pytest.raises(EngineMismatch, match="not built for 48 pixels; built: 32, 64; the nearest built size is 32"):
+            pipe("a red apple", size=48)
+
+
+def test_graphs_that_are_no_sizes_of_one_checkpoint(
+    make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path
+) -> None:
+    first = make_graphs("first")
+    for number, (options, message) in enumerate(
+        (
+            ({"size_px": 64, "seed": 7}, "differ in source"),
+            ({"size_px": 64, "batch": 2}, "differ in batch"),
+            ({"size_px": 64, "steps": (1, 2)}, "differ in schedule"),
+            ({"size_px": 64, "precision": "fp16"}, "differ in precision"),
+            ({}, r"have the sizes \[32, 32\]"),
+        )
+    ):
+        other = make_graphs(f"other-{number}", **options)
+        with pytest.raises(BundleError, match=message):
+            bundle_from_graphs(first, tmp_path / "bundle", backend, cache, more_sizes=[other])
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_memory_plan_is_what_is_there(make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path) -> None:
@@ -268,7 +325,11 @@ def test_a_bad_graphs_folder(
     ("options", "error", "message"),
     [
         ({"backend": "cuda"}, ConfigError, "available: openvino, onnxruntime, tensorrt-rtx"),
-        ({"backend": "tensorrt"}, BackendUnavailable, "not built yet; available: openvino"),
+        (
+            {"backend": "tensorrt"},
+            BackendUnavailable,
+            r"needs tensorrt, .* 'nitro-rt\[tensorrt,export\]'; tensorrt-rtx builds for RTX",
+        ),
         ({"backend": "openvino", "targets": ("sm89",)}, ConfigError, "--target sm89 means nothing to --backend openvino"),
         ({"backend": "tensorrt-rtx"}, ConfigError, "needs the GPUs to build for"),
         ({"backend": "tensorrt-rtx", "targets": ("sm90",)}, ConfigError, "available: sm75, sm80, sm86, sm89, sm120, sm121"),

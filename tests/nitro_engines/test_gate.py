@@ -20,6 +20,7 @@ from nitro_engines.cache import EngineCache
 from nitro_engines.gate import Gate
 from nitro_rt import Pipeline
 from nitro_rt.bundle import open_bundle
+from nitro_rt.device import find_driver
 from nitro_rt.errors import BuildError, BundleError
 from nitro_rt.manifest import GraphsManifest, Reference, sha256_of
 from nitro_rt.quality import LIMITS
@@ -99,6 +100,33 @@ def test_a_good_bundle_is_published_with_its_figures(graphs: Path, gate: Gate, c
     assert {"references", "quality gate"} <= set(result.seconds)
     checks = {check.name: check.status for check in verify_bundle(tmp_path / "out")}
     assert checks["quality, 1 step"] == checks["quality, 2 steps"] == "ok"
+
+
+def test_every_size_has_its_references_and_figures(
+    cache: EngineCache, tmp_path: Path, make_graphs: MakeGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [calm(make_graphs(f"at-{size_px}", size_px=size_px), (1,)) for size_px in (32, 64)]
+    backend, options = load_backend("onnxruntime"), {"more_sizes": folders[1:]}
+    healthy = bundle_from_graphs(folders[0], tmp_path / "healthy", backend, cache, **options).out
+
+    def references(checkpoint: Any, manifest: GraphsManifest, num_prompts: int, cache: EngineCache, report: Any) -> Any:
+        with Pipeline.load(healthy) as pipe, cache.making("pictures", "pictures") as work:
+            path = work / "picture.png"
+            pipe(PROMPTS[0], seed=[0], size=manifest.size_px).images[0].save(path)
+            return (Reference(prompt=PROMPTS[0], seed=0, steps=1, file=cache.adopt(path)),)
+
+    monkeypatch.setattr("nitro_engines.gate.references_of", references)
+    gate, lines = Gate(checkpoint=lambda: tmp_path, num_prompts=1), []
+    out = bundle_from_graphs(folders[0], tmp_path / "out", backend, cache, lines.append, gate=gate, **options).out
+    manifest = open_bundle(out).manifest
+    assert [reference.size_px for reference in manifest.references] == [0, 64]
+    assert [(entry.size_px, entry.num_steps, entry.passed) for entry in manifest.quality_gate] == [(0, 1, True), (64, 1, True)]
+    assert any(line.startswith("quality, 1 step at 64 px: PSNR ") for line in lines)
+    checks = {check.name: check.status for check in verify_bundle(out)}
+    assert checks["quality, 1 step, 32 px"] == checks["quality, 1 step, 64 px"] == "ok"
+    damaged = edit_weights(folders[1], "decode", "kernel", lambda weights: weights * 1.5)
+    with pytest.raises(BuildError, match="quality, 1 step at 64 px: .* missed"):
+        bundle_from_graphs(folders[0], tmp_path / "other", backend, cache, gate=gate, more_sizes=[damaged])
 
 
 def test_what_was_measured_is_not_measured_again(
@@ -192,7 +220,7 @@ class DeviceBackend:
     def compute_dtype(self, graph_dtype: str) -> str:
         return graph_dtype
 
-    def compile(self, onnx_path: Path, graph: Any, work: Path) -> list[Path]:
+    def compile(self, onnx_path: Path, graph: Any, work: Path, progress: Any = None) -> list[Path]:
         (work / "engine.plan").write_bytes(b"plan of " + onnx_path.read_bytes())
         return [work / "engine.plan"]
 
@@ -209,6 +237,17 @@ def test_engines_that_do_not_run_here_are_judged_by_their_graphs(
     damaged = edit_weights(graphs, "decode", "kernel", lambda weights: weights * 1.5)
     with pytest.raises(BuildError, match="on onnxruntime: missed"):
         bundle_from_graphs(damaged, tmp_path / "other", DeviceBackend(), cache, gate=gate)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bool(find_driver().gpus), reason="this machine has a GPU")
+def test_graphs_for_a_gpu_provider_are_judged_on_the_cpu_provider(
+    graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    backend = load_backend("onnxruntime", provider="cuda")
+    manifest = bundle_from_graphs(graphs, tmp_path / "out", backend, cache, lines.append, gate=gate).manifest
+    assert manifest.target["device"] == "cuda" and manifest.quality_gate
+    assert "CUDAExecutionProvider engines do not run on this machine; their graphs are judged on onnxruntime" in lines
 
 
 def test_a_damaged_record_is_measured_again(graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_defaults() -> None:
         ({"precision": "half"}, "--precision 'half' is unknown; available: fp32, fp16"),
         ({"batch": 0}, "--batch must be from 1 to 64, got 0"),
         ({"batch": 65}, "--batch must be from 1 to 64, got 65"),
-        ({"size_px": 0}, "--size must be positive"),
+        ({"sizes_px": (64, 0)}, "--size must be positive"),
         ({"shift": 0}, "--shift must be from 1 to 1000, got 0"),
         ({"shift": 1001}, "--shift must be from 1 to 1000"),
     ],
@@ -51,17 +51,17 @@ def test_steps_and_targets_are_kept_once() -> None:
 @pytest.mark.parametrize(("steps", "name"), [((1,), "little-1step"), ((4, 2, 1), "little-1-2-4step")])
 def test_what_is_open_is_decided(checkpoint: Path, steps: tuple[int, ...], name: str) -> None:
     request = resolved(checkpoint, steps=steps)
-    assert (request.size_px, request.shift, request.out) == (64, 500, Path("engines") / name)
+    assert (request.sizes_px, request.shift, request.out) == ((64,), 500, Path("engines") / name)
 
 
 def test_what_is_said_wins(checkpoint: Path, tmp_path: Path) -> None:
-    request = resolved(checkpoint, size_px=96, shift=250, out=tmp_path / "there")
-    assert (request.size_px, request.shift, request.out) == (96, 250, tmp_path / "there")
+    request = resolved(checkpoint, sizes_px=(96, 64, 96), shift=250, out=tmp_path / "there")
+    assert (request.sizes_px, request.shift, request.out) == ((96, 64), 250, tmp_path / "there")
 
 
 def test_a_size_that_does_not_suit_the_model(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="--size must be a multiple of 32 pixels for little, got 100"):
-        resolved(checkpoint, size_px=100)
+        resolved(checkpoint, sizes_px=(64, 100))
 
 
 @pytest.mark.parametrize("run", [None, {}, {"name": "little"}])

@@ -14,9 +14,10 @@ import pytest
 import nitro_export
 from nitro_engines import BuildRequest, build, plan
 from nitro_engines.backends import load_backend
-from nitro_engines.bundle import bundle_from_graphs, engines_from_graphs, read_graphs
+from nitro_engines.bundle import bundle_from_graphs, engines_from_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.gate import QualityMissed
+from nitro_engines.graphs import read_graphs
 from nitro_engines.speed import MAX_PAIRS, MAX_SECONDS, MIN_PAIRS, combinations, compare_stages, median_interval, time_pairs
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BundleError, ConfigError
@@ -108,7 +109,7 @@ def as_precision(graphs: Path, precision: str) -> Path:
 @pytest.fixture
 def folders(make_graphs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Float graphs, and "int8" ones of the same checkpoint, which nothing looks into here."""
-    monkeypatch.setattr("nitro_engines.bundle._check_graph", lambda *_: None)
+    monkeypatch.setattr("nitro_engines.engines._check_graph", lambda *_: None)
     float_ones, quantised = make_graphs("float", steps=(1, 2)), as_precision(make_graphs("int8", steps=(1, 2)), "int8")
     return float_ones, quantised
 

@@ -13,8 +13,9 @@ import openvino
 import pytest
 
 from nitro_engines.backends import load_backend
-from nitro_engines.bundle import build_bundle, graphs_of, read_graphs
+from nitro_engines.bundle import build_bundle
 from nitro_engines.cache import EngineCache
+from nitro_engines.graphs import graphs_of, read_graphs
 from nitro_rt.errors import BuildError, ConfigError
 from nitro_rt.manifest import Engine, TensorSpec, resolve
 from nitro_rt.openvino_model import read_model

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nitro_engines.backends.onnx_graph import QUANTISED, check_graph, quantised_share
-from nitro_engines.bundle import read_graphs
+from nitro_engines.graphs import read_graphs
 from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph
 
