@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nitro_rt.cli.interrupt import interruptible
 from nitro_rt.cli.output import json_option, needs_extra, print_json, progress
 
 if TYPE_CHECKING:
     from nitro_engines import BuildResult
+
+CANNOT_STOP = (
+    "the step at work cannot be interrupted, so the build stops after it; Ctrl-C again ends it at once: nothing half-written "
+    "stays, the next build clears up"
+)
 
 
 def parse_counts(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -63,8 +69,25 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     show_default="openvino",
     help="What runs the engines.",
 )
-@click.option("--target", "targets", callback=parse_names, metavar="SM[,SM...]", help="GPUs to build for: sm86,sm89,sm120.")
-@click.option("--size", "size_px", type=int, metavar="PIXELS", help="Edge of the image; the model's own if not given.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    help="What ONNX Runtime runs on, with --backend onnxruntime; cpu if not given.",
+)
+@click.option(
+    "--target",
+    "targets",
+    callback=parse_names,
+    metavar="SM[,SM...]",
+    help="GPUs to build for with tensorrt-rtx: sm86,sm89,sm120.",
+)
+@click.option(
+    "--size",
+    "sizes_px",
+    callback=parse_counts,
+    metavar="PIXELS[,...]",
+    help="Edges of the images that the bundle draws, first the one that it draws unasked; the model's own if not given.",
+)
 @click.option("--batch", type=int, show_default="1", help="Largest number of images per call.")
 @click.option("--shift", type=int, help="Timestep shift, 1 to 1000; the checkpoint's own if not given.")
 @click.option(
@@ -74,6 +97,7 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     help="Pictures per step count that the bundle is compared with the checkpoint in float32 by, 1 to 16.",
 )
 @click.option("--allow-quality-loss", is_flag=True, help="Publish a bundle that misses its quality limits, and record that.")
+@click.option("--rebuild", is_flag=True, help="Compile what is cached, too, and say whether the same bytes come out.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--explain", is_flag=True, help="Say which field of the engine key differs from the nearest build before.")
@@ -95,7 +119,7 @@ def command(*, dry_run: bool, explain: bool, as_json: bool, **options: Any) -> N
                 click.echo("\n".join(plan.lines(explain=explain)), err=as_json)
         if dry_run:
             return
-        with progress("building") as report:
+        with interruptible(CANNOT_STOP), progress("building") as report:
             result = nitro_engines.build(request, report)
     _print_result(result, as_json)
 
