@@ -7,8 +7,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from nitro_engines.progress import Progress
 from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
 from nitro_rt.manifest import Graph, TensorSpec
+
+SEED_TIMING = "seed.timing"
+TIMING_SUFFIX = ".timing"
+"""Of an engine's file that is no part of what runs: the times that its kernels were chosen by."""
 
 
 class Backend(Protocol):
@@ -35,29 +40,38 @@ class Backend(Protocol):
         """
         ...
 
-    def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+    def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Progress | None = None) -> list[Path]:
         """Write the engine's files into `work`, the one to load first.
 
-        Raises: BuildError if the graph is refused or its inputs and outputs differ from the manifest's.
+        Args:
+            work: empty, but perhaps for `SEED_TIMING`: the timing cache of an earlier build, to choose the same kernels again.
+            progress: takes the phases of a long compilation.
+        Raises: BuildError if the graph is refused, its inputs and outputs differ from the manifest's, or the engine would
+            compute in another type than the graph.
         """
         ...
 
 
-def load_backend(name: str, targets: Sequence[str] = ()) -> Backend:
+def load_backend(name: str, targets: Sequence[str] = (), *, provider: str | None = None) -> Backend:
     """The backend of this name, its library imported.
 
     Args:
         targets: GPU architectures (`sm89`) for backends that build for another machine.
-    Raises: ConfigError for an unknown name or target; BackendUnavailable if the library is missing.
+        provider: what ONNX Runtime is to run on: cpu (its default), cuda, tensorrt.
+    Raises: ConfigError for an unknown name, target or provider; BackendUnavailable if the library is missing.
     """
     factory = _FACTORIES.get(name)
     if factory is None:
         raise ConfigError(f"--backend {name!r} is unknown; available: {', '.join(available_backends())}")
-    return factory(tuple(targets))
+    if provider is None:
+        return factory(tuple(targets))
+    if name != "onnxruntime":
+        raise ConfigError(f"--provider {provider} means nothing to --backend {name}; it is of --backend onnxruntime")
+    return _onnxruntime(tuple(targets), provider)
 
 
 def available_backends() -> tuple[str, ...]:
-    return tuple(name for name in _FACTORIES if name != "tensorrt")
+    return tuple(_FACTORIES)
 
 
 def _openvino(targets: tuple[str, ...]) -> Backend:
@@ -69,13 +83,13 @@ def _openvino(targets: tuple[str, ...]) -> Backend:
     return OpenVinoBackend()
 
 
-def _onnxruntime(targets: tuple[str, ...]) -> Backend:
-    _refuse_targets("onnxruntime", targets)
+def _onnxruntime(targets: tuple[str, ...], provider: str = "cpu") -> Backend:
+    _refuse_targets("onnxruntime", targets, "this CPU" if provider == "cpu" else "every GPU")
     try:
         from nitro_engines.backends.onnx_file import OnnxRuntimeBackend
     except ImportError as exc:
         raise _missing("onnxruntime", "cpu,export", exc) from exc
-    return OnnxRuntimeBackend()
+    return OnnxRuntimeBackend(provider)
 
 
 def _tensorrt_rtx(targets: tuple[str, ...]) -> Backend:
@@ -91,10 +105,13 @@ def _tensorrt_rtx(targets: tuple[str, ...]) -> Backend:
 
 
 def _tensorrt(targets: tuple[str, ...]) -> Backend:
-    raise BackendUnavailable(
-        f"--backend tensorrt is not built yet; available: {', '.join(available_backends())} "
-        "(tensorrt-rtx builds for RTX cards without having one: --target sm89)"
-    )
+    _refuse_targets("tensorrt", targets, "the GPU of this machine")
+    try:
+        from nitro_engines.backends.trt_plan import TensorRtBackend
+    except ImportError as exc:
+        elsewhere = "; tensorrt-rtx builds for RTX cards on any machine: --backend tensorrt-rtx --target sm89"
+        raise BackendUnavailable(f"{_missing('tensorrt', 'tensorrt,export', exc)}{elsewhere}") from exc
+    return TensorRtBackend()
 
 
 _FACTORIES: dict[str, Callable[[tuple[str, ...]], Backend]] = {
@@ -128,10 +145,10 @@ def _listed(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
 
 
-def _refuse_targets(name: str, targets: tuple[str, ...]) -> None:
+def _refuse_targets(name: str, targets: tuple[str, ...], builds_for: str = "this CPU") -> None:
     if targets:
         asked = ",".join(targets)
-        raise ConfigError(f"--target {asked} means nothing to --backend {name}, which builds for this CPU; leave it out")
+        raise ConfigError(f"--target {asked} means nothing to --backend {name}, which builds for {builds_for}; leave it out")
 
 
 def _missing(name: str, extras: str, exc: ImportError) -> BackendUnavailable:

@@ -89,6 +89,18 @@ def float_weight_bytes(path: Path) -> dict[str, int]:
     return counts
 
 
+def weight_bytes(path: Path) -> int:
+    """Bytes of all initializers that are numbers of a network; those in other files are not read.
+
+    Raises: BuildError if the file is no ONNX graph.
+    """
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in load_structure(path).graph.initializer
+        if tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+    )
+
+
 def link_graph(onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
     """The graph and its weight files in `work`, as hard links where the file system has them; the graph first.
 

@@ -14,6 +14,7 @@ import openvino
 from nitro_engines.backends.base import check_bindings
 from nitro_engines.files import foreign_errors
 from nitro_engines.host import cpu_target
+from nitro_engines.progress import Progress
 from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph, TensorSpec
 from nitro_rt.openvino_model import read_model
@@ -47,7 +48,7 @@ class OpenVinoBackend:
         native = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return "bfloat16" if "BF16" in native else "float16" if "FP16" in native else "float32"
 
-    def compile(self, onnx_path: Path, graph: Graph, work: Path) -> list[Path]:
+    def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Progress | None = None) -> list[Path]:
         from nitro_engines.backends.onnx_graph import link_graph  # here, so that plans need no onnx
 
         paths = link_graph(onnx_path, graph, work)

@@ -14,6 +14,7 @@ from nitro_rt.errors import BackendUnavailable
         ("openvino", "openvino_graph", "openvino", "cpu,export"),
         ("onnxruntime", "onnx_file", "onnxruntime", "cpu,export"),
         ("tensorrt-rtx", "rtx_plan", "tensorrt_rtx", "tensorrt-rtx,export"),
+        ("tensorrt", "trt_plan", "tensorrt", "tensorrt,export"),
     ],
 )
 def test_a_missing_library_says_what_to_install(
@@ -26,4 +27,4 @@ def test_a_missing_library_says_what_to_install(
 
 
 def test_what_is_available() -> None:
-    assert available_backends() == ("openvino", "onnxruntime", "tensorrt-rtx")
+    assert available_backends() == ("openvino", "onnxruntime", "tensorrt-rtx", "tensorrt")

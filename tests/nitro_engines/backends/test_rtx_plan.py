@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +10,9 @@ import pytest
 
 from nitro_engines.backends import load_backend
 from nitro_engines.backends.rtx_targets import CAPABILITIES, capabilities, check_precision
-from nitro_engines.bundle import build_bundle, bundle_from_graphs, read_graphs
+from nitro_engines.bundle import build_bundle
 from nitro_engines.cache import EngineCache
+from nitro_engines.graphs import read_graphs
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BuildError, ConfigError
 
@@ -104,22 +101,6 @@ def read_graphs_unchecked(graphs: Path):  # noqa: ANN201
 
 
 @pytest.mark.trt
-def test_a_killed_compiler_is_a_typed_error(make_graphs: MakeGraphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system kills it where memory ends: the build lives on, and says what happened."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from nitro_engines.backends import load_backend, rtx_plan
-
-    graphs = make_graphs(precision="fp16")
-    backend = load_backend("tensorrt-rtx", ("sm89",))
-    monkeypatch.setattr(rtx_plan, "COMPILER", ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
-    with pytest.raises(BuildError, match="TensorRT-RTX was killed, most likely for memory .its process held .* decode.onnx"):
-        backend.compile(graphs / "decode.onnx", read_graphs(graphs).decode, tmp_path)
-    monkeypatch.setattr(rtx_plan, "COMPILER", ("-c", "raise SystemExit('no such thing')"))
-    with pytest.raises(BuildError, match="ended with status 1 .* decode.onnx: no such thing"):
-        backend.compile(graphs / "decode.onnx", read_graphs(graphs).decode, tmp_path)
-
-
-@pytest.mark.trt
 def test_a_full_disk_is_named(make_graphs: MakeGraphs, tmp_path: Path) -> None:
     """`/dev/full` refuses every write, as a full disk does; the compiler itself only hears of a short count."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
@@ -127,40 +108,3 @@ def test_a_full_disk_is_named(make_graphs: MakeGraphs, tmp_path: Path) -> None:
     (tmp_path / "engine.plan").symlink_to("/dev/full")
     with pytest.raises(BuildError, match="writing the plan failed at .*engine.plan: No space left on device; .* MiB are free"):
         load_backend("tensorrt-rtx", ("sm89",)).compile(graphs / "decode.onnx", read_graphs(graphs).decode, tmp_path)
-
-
-@pytest.mark.trt
-@pytest.mark.skipif(sys.platform != "linux", reason="the compiler is tied to its build through Linux's prctl")
-def test_a_killed_build_leaves_no_compiler_and_the_next_one_resumes(make_graphs: MakeGraphs, tmp_path: Path) -> None:
-    """A compiler left behind would hold gigabytes of the memory that the next build needs."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    graphs, out, cache = make_graphs(precision="fp16"), tmp_path / "bundle", EngineCache(tmp_path / "cache")
-    code = (
-        "from pathlib import Path\nfrom nitro_engines.bundle import build_bundle\nfrom nitro_engines.cache import EngineCache\n"
-        f"build_bundle(Path({str(graphs)!r}), Path({str(out)!r}), backend='tensorrt-rtx', targets=('sm89',), "
-        f"cache=EngineCache(Path({str(cache.root)!r})))"
-    )
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
-        wait_for(lambda: len(list((cache.engines / "entries").glob("*.json"))) == 1 and compilers(tmp_path))  # the second stage
-        process.kill()
-    wait_for(lambda: not compilers(tmp_path))
-    assert not out.exists()
-    result = bundle_from_graphs(graphs, out, load_backend("tensorrt-rtx", ("sm89",)), cache)
-    open_bundle(out).verify()
-    assert result.stages["text"] == "cached" and not list((cache.root / "work").iterdir())
-
-
-def compilers(tmp_path: Path) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = path.read_bytes().decode(errors="replace")
-            found += [line] if "_rtx_compile" in line and str(tmp_path) in line else []
-    return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
