@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from device_worlds import simulated
 from nitro_rt import diagnosis
 from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import Driver, Gpu
+from nitro_rt.device_executor import DeviceExecutor
 from nitro_rt.device_modules import DeviceModules
 from nitro_rt.diagnosis import diagnose, driver_of, import_error, needed_bytes, require_machine
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch
+from nitro_rt.executor import DeviceOptions
 from nitro_rt.manifest import MemoryPlan
 from nitro_rt.pipeline import Pipeline
 from nitro_rt.verify import verify_bundle
@@ -290,6 +293,55 @@ def test_the_real_tensorrt_rtx_refuses_what_is_no_plan(rtx_bundle: Bundle) -> No
     modules = replace(_machine(), trt=rtx)
     with pytest.raises(BundleError, match=f"is no plan of TensorRT-RTX {rtx.__version__}"):
         diagnose(_built(rtx_bundle, toolchain={"tensorrt-rtx": rtx.__version__}), modules)
+
+
+# The same on the simulated machine, before an engine is deserialised there.
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("machine", "kind", "said"),
+    [
+        ({"compute_capability": (9, 0)}, EngineMismatch, "here GPU 0 is Simulated GPU \\(sm90\\); build for it"),
+        ({"driver_version": 12080}, BackendUnavailable, "CUDA 13.0 is needed, .* runs CUDA 12.8"),
+        ({"memory_bytes": 4096}, BackendUnavailable, "has 0.00 GiB free of 0.00 GiB"),
+        ({"num_devices": 2}, BackendUnavailable, "no GPU 2; .* 0 is Simulated GPU \\(sm89\\), 1 is Simulated GPU"),
+    ],
+    ids=["other GPU", "old driver", "memory", "device"],
+)
+def test_a_simulated_machine_is_refused(
+    make_bundle: Any, tmp_path: Path, backend: str, machine: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    world = simulated(backend, **machine)
+    onnx_bundle = make_bundle(tmp_path / "onnx", backend="onnxruntime")
+    bundle = open_bundle(world.bundle(onnx_bundle, tmp_path / "plans"))
+    plan = MemoryPlan(disk_bytes=0, weight_bytes=GIB, io_bytes=4096)
+    with pytest.raises(kind, match=said):
+        DeviceExecutor(_built(bundle, memory_plan=plan), DeviceOptions(device=2 * ("num_devices" in machine)), world.modules)
+    assert world.open_things() == [] and world.simulation.counts["allocation"] == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "said"),
+    [
+        ({}, None, ""),
+        ({"version": "1.6.0.0"}, EngineMismatch, "built with TensorRT-RTX"),
+        ({"min_driver_version": 13040}, BackendUnavailable, "the NVIDIA driver.* runs CUDA 13.0"),
+        ({"scratch_bytes": 1 << 40}, BackendUnavailable, "GiB free of 8.00 GiB"),
+    ],
+    ids=["fits", "version", "driver", "memory"],
+)
+def test_a_simulated_plan_is_asked_about_by_its_header(
+    make_bundle: Any, tmp_path: Path, plan: dict[str, Any], kind: type[Exception] | None, said: str
+) -> None:
+    world = simulated("tensorrt-rtx")
+    onnx_bundle = make_bundle(tmp_path / "onnx", backend="onnxruntime")
+    bundle = open_bundle(world.bundle(onnx_bundle, tmp_path / "plans", **plan))
+    if kind is None:
+        assert diagnose(bundle, world.modules) == ()
+        return
+    with pytest.raises(kind, match=said):
+        diagnose(bundle, world.modules)
 
 
 # Before the libraries are loaded.
