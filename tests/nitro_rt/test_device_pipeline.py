@@ -58,10 +58,11 @@ def test_a_device_lost_in_the_middle_of_an_image_and_reopened(world: World, fold
     with loaded(world, folder) as pipe:
         before = pipe(PROMPTS[0], seed=1).array_BHWC
         world.simulation.fail("operation", at=4)
-        waiting = [pipe.submit(prompt, seed=1) for prompt in PROMPTS]
-        for future in waiting:
-            with pytest.raises(DeviceLost, match="CUDA_ERROR_LAUNCH_FAILED"):
-                future.result(timeout=30)
+        with ThreadPoolExecutor(len(PROMPTS)) as threads:  # whether they wait, are drawn, or come too late
+            calls = [threads.submit(pipe, prompt, seed=1) for prompt in PROMPTS]
+            for call in calls:
+                with pytest.raises(DeviceLost, match="CUDA_ERROR_LAUNCH_FAILED"):
+                    call.result(timeout=30)
         with pytest.raises(NitroError, match="reopen"):
             pipe(PROMPTS[0], seed=1)
         world.simulation.recover()
