@@ -224,7 +224,7 @@ class Pipeline:
     def refit(self, weights: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
         """Exchange weights of the loaded engines, all or none, after what is queued now and before what comes later.
 
-        `nitro_engines.lora_refit.LoraRefit` makes them of LoRAs.
+        `nitro_engines.lora_refit.LoraRefit` makes them of LoRAs. `reopen` loads the bundle's own weights.
 
         Args:
             weights: `text`, `denoise` or `decode` -> the ONNX graph's initializer -> values, in its type and shape.
@@ -249,7 +249,7 @@ class Pipeline:
 
         Args:
             wait: draw what is queued first. Otherwise what is queued fails with PipelineClosed; what is being drawn is
-                finished all the same.
+                finished all the same. Who still waits for a place in the queue is refused either way.
         """
         self._is_closed = True  # before the worker is looked up: `reopen` does it the other way round, so one sees the other
         if self._worker is not None:

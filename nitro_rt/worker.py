@@ -74,6 +74,8 @@ class Worker:
 
         Raises: what closing the executor raises.
         """
+        if os.getpid() != self.process_id:
+            return  # a fork of the process that has the thread
         self.queue.refuse(self.closed_error, waiting=not wait)
         self.queue.end()
         if not self.is_current_thread:
@@ -224,7 +226,7 @@ class Worker:
                 self._close_error = exc
 
     def _end_at_exit(self) -> None:
-        if os.getpid() == self.process_id:  # a fork has none of its parent's threads
+        if os.getpid() == self.process_id:
             self.queue.refuse(self.closed_error, waiting=True)
             self.queue.end()
             self._thread.join(EXIT_WAIT_S)

@@ -418,7 +418,8 @@ if os.fork() == 0:
         pipe("a dog")
     except PipelineClosed as exc:
         print(exc, flush=True)
-    del pipe
+    pipe.close()
+    print("the fork ends", flush=True)
     os._exit(0)
 os.wait()
 pipe("a dog")
@@ -432,6 +433,7 @@ def test_a_fork_is_told_to_load_its_own(bundle_folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "is a fork of it without its thread and its device; load it in each process" in done.stdout
+    assert "the fork ends" in done.stdout
 
 
 def test_a_saved_image_carries_its_recipe(pipe: Pipeline, tmp_path: Path) -> None:
