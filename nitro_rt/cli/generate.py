@@ -26,10 +26,17 @@ NAME_LENGTH = 60
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--seed", type=int, help="0 to 2**64 - 1, for each prompt; a fresh one each if not given.")
 @click.option("--steps", type=int, help="A step count of the bundle; the smallest if not given.")
+@click.option("--size", "size_px", type=int, metavar="PIXELS", help="A size of the bundle; the first if not given.")
 @click.option("-o", "--out", metavar="PNG|DIR", help="A .png file, or a folder.")
 @json_option
 def command(
-    bundle: Path, prompts: tuple[str, ...], seed: int | None, steps: int | None, out: str | None, as_json: bool
+    bundle: Path,
+    prompts: tuple[str, ...],
+    seed: int | None,
+    steps: int | None,
+    size_px: int | None,
+    out: str | None,
+    as_json: bool,
 ) -> None:
     """Draw an image for each PROMPT with the bundle at BUNDLE.
 
@@ -51,7 +58,7 @@ def command(
         for category in (ComputeTypeDiffers, PromptTruncated):
             warnings.simplefilter("ignore", category)  # they stand in the result, and are printed once, in one line
         with Pipeline.load(bundle) as pipe:
-            for result in _draw(pipe, prompts, seed, steps):
+            for result in _draw(pipe, prompts, seed, steps, size_px):
                 for warning in result.warnings:
                     if warning not in told:
                         click.echo(f"nitro-rt: warning: {warning}", err=True)
@@ -65,13 +72,13 @@ def command(
         print_json(drawn)
 
 
-def _draw(pipe: Pipeline, prompts: Sequence[str], seed: int | None, steps: int | None) -> Iterator[Result]:
+def _draw(pipe: Pipeline, prompts: Sequence[str], seed: int | None, steps: int | None, size_px: int | None) -> Iterator[Result]:
     """As many prompts per call as the bundle takes, each with a seed of its own."""
     batch = pipe.bundle.manifest.batch
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         seeds = [int.from_bytes(os.urandom(4), "little") if seed is None else seed for _ in part]
-        yield pipe(part, seed=seeds, steps=steps)
+        yield pipe(part, seed=seeds, steps=steps, size=size_px)
 
 
 def _save(result: Result, index: int, targets: Targets) -> dict[str, object]:
@@ -82,6 +89,7 @@ def _save(result: Result, index: int, targets: Targets) -> dict[str, object]:
         "prompt": text["prompt"],
         "seed": int(text["seed"]),
         "steps": result.steps,
+        "size_px": result.size_px,
         "bundle": result.bundle_digest,
         "timings_ms": {name: round(ms, 3) for name, ms in result.timings_ms.items()},
         "warnings": list(result.warnings),

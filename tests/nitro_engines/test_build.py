@@ -25,12 +25,14 @@ class Exporter:
 
     def __init__(self, make_graphs: Callable[..., Path]) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.external = False
+        """Whether weights lie beside the graphs."""
         self._make = make_graphs
 
     def __call__(self, checkpoint: Path, out: Path, *, report: Callable[[str], None], **options: Any) -> None:
         self.calls.append({"checkpoint": checkpoint, **options})
         shared = {name: options[name] for name in ("steps", "shift", "precision", "size_px", "batch")}
-        graphs = self._make("made", **shared)
+        graphs = self._make("made", external=self.external, **shared)
         manifest = json.loads((graphs / "export.json").read_text())
         manifest["source"]["checkpoint_sha256"] = nitro_export.checkpoint_sha256(checkpoint)
         manifest["toolchain"] = nitro_export.toolchain()
@@ -74,6 +76,45 @@ def test_the_second_time_all_comes_from_the_cache(request_: BuildRequest, cache:
     assert len(exporter.calls) == 1 and "export" not in second.seconds
     assert second.manifest == first.manifest and not second.published
     assert lines[0] == "graphs from the cache"
+
+
+def test_two_sizes_are_exported_and_built_into_one_bundle(
+    request_: BuildRequest, cache: EngineCache, exporter: Exporter
+) -> None:
+    asked, lines = changed(request_, sizes_px=(64, 96)), []
+    assert plan(asked, cache).stages == dict.fromkeys(("text", "denoise/1", "decode", "denoise/1@96", "decode@96"), "unknown")
+    result = build(asked, lines.append, cache)
+    assert [call["size_px"] for call in exporter.calls] == [64, 96]
+    assert result.manifest.sizes_px == (64, 96) and set(result.manifest.more_sizes) == {96}
+    found = plan(asked, cache)
+    assert found.engine_key == result.manifest.engine_key and set(found.stages.values()) == {"cached"}
+    assert set(found.memory) == {64, 96} and {"size        64 px", "size        96 px"} <= set(found.lines())
+    alone = build(changed(request_, sizes_px=(96,)), lines.append, cache)
+    assert len(exporter.calls) == 2 and set(alone.stages.values()) == {"cached"}
+    assert lines[-5] == "graphs from the cache"
+
+
+def test_sizes_together_that_do_not_fit_the_disk(
+    request_: BuildRequest, cache: EngineCache, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = changed(request_, sizes_px=(64, 96))
+    found = plan(asked, cache).memory
+    room = max(forecast.disk_bytes for forecast in found.values())
+    assert room > 0
+    monkeypatch.setattr("nitro_engines.memory.free_mib", lambda root: room / 2**20)
+    with pytest.raises(BuildError, match="64, 96 px together need .* Name fewer of --size"):
+        build(asked, cache=cache)
+    assert not exporter.calls
+
+
+def test_weight_files_of_two_sizes_are_one_file(
+    request_: BuildRequest, cache: EngineCache, make_graphs: Callable[..., Path], exporter: Exporter
+) -> None:
+    exporter.external = True
+    build(changed(request_, sizes_px=(64, 96)), cache=cache)
+    first, second = cache.graphs.iterdir()
+    shared = {path.name for path in first.glob("*.data")} & {path.name for path in second.glob("*.data")}
+    assert len(shared) == 3 and all((first / name).samefile(second / name) for name in shared)
 
 
 def test_the_default_place(

@@ -103,6 +103,21 @@ def test_generate_writes_the_named_file(bundle_folder: Path, capsys: Capture) ->
         assert Image.open("new/apple.png").tobytes() == pipe("a red apple", seed=7, steps=2).images[0].tobytes()
 
 
+def test_generate_draws_a_size_of_the_bundle(make_bundle: Any, tmp_path: Path, capsys: Capture) -> None:
+    from PIL import Image
+
+    folder = str(make_bundle(tmp_path / "both", more_sizes_px=(64,)))
+    for options, size_px in ([], 32), (["--size", "64"], 64):
+        assert main(["generate", folder, "a dog", *options, "--seed", "0", "-o", "a.png", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["size_px"] == size_px
+        with Image.open("a.png") as image:
+            assert image.size == (size_px, size_px)
+    assert main(["inspect", folder]) == 0
+    assert "32x32, 64x64 pixels" in (said := capsys.readouterr().out) and "decode@64" in said
+    assert main(["generate", folder, "a dog", "--size", "48"]) == 1
+    assert "built: 32, 64; the nearest built size is 32" in capsys.readouterr().err
+
+
 def test_a_named_file_is_replaced_and_a_made_name_is_not(bundle_folder: Path) -> None:
     for _ in range(2):
         assert main(["generate", str(bundle_folder), "A red, red apple!", "--seed", "7", "-o", "a.png"]) == 0
@@ -265,7 +280,8 @@ def test_build_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(nitro_engines, "build", build)
     options = (
-        "--steps 4,1 --model m --precision fp16 --backend tensorrt-rtx --target sm86,sm89 --size 512 --batch 2 --shift 250"
+        "--steps 4,1 --model m --precision fp16 --backend tensorrt-rtx --target sm86,sm89 --size 512,1024 --batch 2 "
+        "--shift 250 --rebuild --gate-prompts 2 --allow-quality-loss"
     )
     assert main(["build", *options.split(), "--out", "o"]) == 1
     captured = capsys.readouterr()
@@ -277,14 +293,19 @@ def test_build_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: 
             precision="fp16",
             backend="tensorrt-rtx",
             targets=("sm86", "sm89"),
-            size_px=512,
+            sizes_px=(512, 1024),
             batch=2,
             shift=250,
+            gate_prompts=2,
+            allow_quality_loss=True,
+            rebuild=True,
             out=Path("o"),
         )
     ]
     assert main(["build"]) == 1
     assert asked[1] == nitro_engines.BuildRequest()
+    assert main(["build", "--backend", "onnxruntime", "--provider", "cuda"]) == 1
+    assert asked[2] == nitro_engines.BuildRequest(backend="onnxruntime", provider="cuda")
 
 
 def test_the_defaults_that_build_shows_are_the_request_s() -> None:
@@ -295,7 +316,8 @@ def test_the_defaults_that_build_shows_are_the_request_s() -> None:
     expected = {"steps": "1", "model": default.model, "precision": default.precision, "backend": default.backend}
     expected |= {"batch": str(default.batch), "gate_prompts": str(default.gate_prompts)}
     assert {name: value for name, value in shown.items() if isinstance(value, str)} == expected
-    assert default.steps == (1,) and default.size_px is default.shift is default.out is None and default.targets == ()
+    assert default.steps == (1,) and default.provider is default.shift is default.out is None
+    assert default.targets == default.sizes_px == default.loras == ()
 
 
 TRAIN = ["train", "r.toml", "--out", "o", "--max-steps", "3", "--resume", "--allow-changed"]
