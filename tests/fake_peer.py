@@ -39,7 +39,8 @@ class Adapter:
             time.sleep(600)
         if mode == "nonsense":
             os.write(int(next(name for name in os.listdir("/proc/self/fd") if _is_reply(name))), b"not json\n")
-        return {"compute_dtype": self._options.get("dtype", "float32"), "notes": [request["model"]], "capture_ms": 1.0}
+        facts = {"compute_dtype": self._options.get("dtype", "float32"), "notes": [request["model"]], "capture_ms": 1.0}
+        return facts | ({"differs": self._options["differs"]} if "differs" in self._options else {})
 
     def prepare(self, drawing: dict[str, Any]) -> Callable[[], Any]:
         shape = np.load(drawing["noise"]).shape

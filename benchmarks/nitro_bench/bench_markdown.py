@@ -138,7 +138,7 @@ def _peers(report: BenchReport) -> str:
             peer.subject,
             peer.title,
             peer.compute_dtype,
-            f"{peer.psnr_db:.1f}",
+            "not comparable" if peer.psnr_db is None else f"{peer.psnr_db:.1f}",
             ms(peer.summary.p50) if peer.summary else "-",
             ratio(peer.ratio),
             str(len(peer.ours_ms)),
@@ -148,6 +148,9 @@ def _peers(report: BenchReport) -> str:
     head = ("subject", "peer", "computes in", "PSNR to ours, dB", "its p50, ms", "ours / theirs, 95 % interval", "pairs")
     absent = [f"- {peer.subject}: {peer.title}: {peer.reason}" for peer in report.peers if peer.status != "timed"]
     parts = [table(head, rows)] if rows else []
+    notes = [f"- {peer.subject}: {peer.title}: {note}" for peer in timed for note in peer.notes]
+    if notes:
+        parts.append("\n".join(notes))
     if absent:
         parts.append("Not timed:\n\n" + "\n".join(absent))
     return "\n\n".join(parts)

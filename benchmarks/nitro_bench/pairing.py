@@ -86,12 +86,17 @@ def needed_psnr_db(precisions: Iterable[str], our_dtypes: Iterable[str], their_d
 
 def require_same_picture(peer: Peer, theirs_BHWC: Images, ours_BHWC: Images, needed_db: float) -> float:
     """The PSNR of a peer's picture against ours. Raises: PeerFailed if it is another picture; it is not timed then."""
-    if theirs_BHWC.shape != ours_BHWC.shape:
-        raise PeerFailed(peer.name, f"draws {list(theirs_BHWC.shape)}, ours is {list(ours_BHWC.shape)}; not timed")
+    require_same_shape(peer, theirs_BHWC, ours_BHWC)
     found = min(psnr_db(theirs, ours) for theirs, ours in zip(theirs_BHWC, ours_BHWC, strict=True))
     if found < needed_db:
         raise PeerFailed(peer.name, f"draws another picture: {found:.1f} dB from ours, {needed_db:.1f} are needed; not timed")
     return found
+
+
+def require_same_shape(peer: Peer, theirs_BHWC: Images, ours_BHWC: Images) -> None:
+    """Raises: PeerFailed if a peer draws pictures of another size or number; it is not timed then."""
+    if theirs_BHWC.shape != ours_BHWC.shape:
+        raise PeerFailed(peer.name, f"draws {list(theirs_BHWC.shape)}, ours is {list(ours_BHWC.shape)}; not timed")
 
 
 def drawn_by(process: PeerProcess, draw: DrawRequest, path: Path) -> tuple[Images, float]:
@@ -106,8 +111,9 @@ class Tried:
 
     peer: Peer
     loaded: Loaded
-    psnr_db: float
-    needed_db: float
+    psnr_db: float | None
+    """None, and no limit, where `loaded.differs` says why it cannot be the same picture."""
+    needed_db: float | None
     image_ms: float
 
 
@@ -158,7 +164,7 @@ def timed(
         reason="",
         compute_dtype=tried.loaded.compute_dtype,
         versions=tried.loaded.versions,
-        notes=tried.loaded.notes,
+        notes=(*filter(None, (tried.loaded.differs,)), *tried.loaded.notes),
         psnr_db=tried.psnr_db,
         psnr_needed_db=tried.needed_db,
         ours_ms=ours_ms,

@@ -114,6 +114,9 @@ class Loaded:
     """CUDA graph capture or compilation, where the side has one and tells; not in `load_ms`."""
     compute_dtypes: dict[str, str]
     """By stage, where the side tells; ours does."""
+    differs: str
+    """Why its picture cannot be ours although it does the same work, such as a schedule that it cannot be told; empty where it
+    must be the same picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ class PeerProcess:
             load_ms=found["load_ms"],
             capture_ms=found["capture_ms"],
             compute_dtypes=found.get("compute_dtypes", {}),
+            differs=found.get("differs", ""),
         )
 
     def draw(self, request: DrawRequest, num_images: int = 1, save: Path | None = None) -> Drawn:

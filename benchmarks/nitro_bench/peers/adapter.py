@@ -39,7 +39,8 @@ class Adapter(Protocol):
             request: the fields of `nitro_bench.peer.LoadRequest`.
         Returns: `compute_dtype` (float32, float16, bfloat16, int8: what the networks compute in) and, where there is
             something to say, `notes` (a list of strings) and `capture_ms` (CUDA graph capture or compilation, timed apart;
-            it is taken out of the load time).
+            it is taken out of the load time), `differs` (why its pictures cannot be ours, although it does the same work: it
+            is timed, and its pictures are not compared).
         Raises: CannotRun.
         """
 
