@@ -1,4 +1,4 @@
-# make demo | test | test-full | test-gpu | check | fix | bench | bench-train | bench-export | ablation | emoji-data | emoji-teacher | emoji-model
+# make demo | test | test-full | test-gpu | check | fix | bench | bench-train | bench-export | peers | ablation | emoji-data | emoji-teacher | emoji-model
 # PYTHON is the interpreter that the virtual environment is made with; everything else happens inside $(VENV).
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu check fix bench bench-train bench-export ablation emoji-data emoji-teacher emoji-model
+.PHONY: help demo test test-full test-gpu check fix bench bench-train bench-export peers ablation emoji-data emoji-teacher emoji-model
 
 help:
 	@echo 'make demo           build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
@@ -28,6 +28,7 @@ help:
 	@echo 'make emoji-data     fetch the icon packs (npm) and render the training data into data/'
 	@echo 'make emoji-teacher  train its teacher from nothing, resuming where it stopped'
 	@echo 'make emoji-model    distil the shipped model again from its teacher, resuming where it stopped'
+	@echo 'make peers          the environments of the other ways to draw that nitro-rt bench --peers compares with'
 	@echo 'make bench-train    training speed and memory for growing pools, beside a plain LADD-style loop'
 	@echo 'make bench-export   export, quantisation, build and speed at full size, beside the peers; hours, kept in pieces'
 	@echo 'make ablation       the ablation table of the method, resuming where it stopped'
@@ -100,6 +101,25 @@ $(OPTIMUM)/.stamp: benchmarks/nitro_bench/export-peer-requirements.txt
 	$(PYTHON) -m venv $(OPTIMUM)
 	$(OPTIMUM)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
+
+# One environment per peer, without pip, so that all that it holds is the peer's. Those for a GPU are made where there is one.
+PEERS := diffusers onnxruntime openvino-genai optimum-intel $(if $(wildcard /dev/nvidiactl),torch-tensorrt onnxruntime-gpu)
+PEER_PINS := benchmarks/nitro_bench/peers/requirements
+peers: $(PEERS:%=runs/peers/%/.stamp)
+
+# $(call peer_install,OPTIONS): an environment that could not be filled is taken away again.
+peer_install = $(BIN)/python -m pip --python $(@D)/bin/python install --quiet $(1) || { rm -rf $(@D); exit 1; }
+
+runs/peers/%/.stamp: $(PEER_PINS)/%.txt | $(VENV)/.dev-stamp
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(call peer_install,--requirement $<)
+	$(if $(wildcard $(PEER_PINS)/$*-no-deps.txt),$(call peer_install,--no-deps --requirement $(PEER_PINS)/$*-no-deps.txt))
+	@touch $@
+
+runs/peers/onnxruntime/.stamp runs/peers/onnxruntime-gpu/.stamp: $(PEER_PINS)/optimum-onnx.txt
+runs/peers/torch-tensorrt/.stamp: $(PEER_PINS)/diffusers.txt
+runs/peers/optimum-intel/.stamp: $(PEER_PINS)/optimum-intel-no-deps.txt
 
 # It starts from the one-step weights of nitro-emoji's own run where that is here, and trains some otherwise.
 ablation: $(VENV)/.dev-stamp

@@ -1,0 +1,94 @@
+"""What a peer makes of the checkpoint once, as its user would, before any start that is timed: an ONNX or OpenVINO folder.
+
+A conversion runs in a process of its own, so neither its imports nor its memory count as the peer's, and is kept beside the
+environments under a key of the checkpoint's files, the way of converting and the environment's pins. It is published by one
+rename, so a killed one leaves nothing. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nitro_bench.peers.transformers4 import in_transformers_4_form
+
+FACTS_FILE = "conversion.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A converted checkpoint."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """What the converting process told: `seconds`, `peak_rss_bytes`, `versions`, ..."""
+
+    @property
+    def note(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.facts["versions"].items())
+        peak_gib = self.facts["peak_rss_bytes"] / 2**30
+        return f"converted once, in no figure here: {self.facts['seconds']:.0f} s, {peak_gib:.1f} GiB at peak ({versions})"
+
+
+def converted(models: Path, python: Path, script: Path, model: Path, settings: Mapping[str, Any], pins: Path) -> Conversion:
+    """The conversion of `model`, made now if it is not there.
+
+    Args:
+        models: the folder that keeps conversions.
+        python: the interpreter that converts.
+        script: is run with one JSON object, `settings` and `checkpoint`, `out`; prints a line of JSON last.
+        model: the checkpoint's diffusers folder.
+        pins: the requirement file of the interpreter's environment; part of the key.
+    Raises: RuntimeError if the conversion fails, with its last line.
+    """
+    folder = models / _key(model, script, settings, pins)
+    facts = folder / FACTS_FILE
+    if not facts.is_file():
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models, prefix=".making-") as scratch:
+            out = Path(scratch) / "out"
+            out.mkdir()
+            checkpoint = in_transformers_4_form(model, Path(scratch) / "checkpoint")
+            told = _run(python, script, {**settings, "checkpoint": str(checkpoint), "out": str(out)})
+            (out / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            _publish(out, folder)
+    return Conversion(folder=folder, facts=json.loads(facts.read_text(encoding="utf-8")))
+
+
+def _key(model: Path, script: Path, settings: Mapping[str, Any], pins: Path) -> str:
+    # By name, size and time: to read gigabytes for a digest would take longer than some conversions.
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    states = [[str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    texts = [path.read_text(encoding="utf-8") for path in (script, pins)]
+    whole = json.dumps([str(model), states, sorted(settings.items()), texts])
+    return f"{model.name}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+
+
+def _run(python: Path, script: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    start_s = time.perf_counter()
+    done = subprocess.run(
+        [str(python), "-I", str(script), json.dumps(request)], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(f"{script.name} ended with {done.returncode}: {lines[-1] if lines else 'it printed nothing'}")
+    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"seconds": round(time.perf_counter() - start_s, 1), **told}
+
+
+def _publish(out: Path, folder: Path) -> None:
+    try:
+        os.replace(out, folder)
+    except OSError:
+        if not (folder / FACTS_FILE).is_file():
+            raise
+        shutil.rmtree(out)  # another process has published the same meanwhile
