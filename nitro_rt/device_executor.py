@@ -15,6 +15,7 @@ All engines share one piece of scratch memory, as large as the largest needs: th
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -59,6 +60,8 @@ class DeviceExecutor:
         self._notes = list(diagnose(bundle, self._modules, self._options.device))
         self.captures: Counter[str] = Counter()
         """How often a graph was captured, by reason."""
+        self.warm_up_ms = 0.0
+        """What the first runs outside a graph, its capture and its check took at load."""
         self._programs: dict[tuple[int, int], _Program] = {}
         self._engines: dict[str, TensorRtEngine] = {}
         self._compute_dtypes: dict[str, str] = {}
@@ -110,7 +113,9 @@ class DeviceExecutor:
             self._programs[num_steps, size_px] = program
             try:
                 self._fit_scratch()
+                start_s = time.perf_counter()
                 self._warm_up(program, num_steps, size_px)
+                self.warm_up_ms += (time.perf_counter() - start_s) * 1e3
             except BaseException:
                 self._programs.pop((num_steps, size_px)).close()
                 raise

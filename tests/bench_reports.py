@@ -51,7 +51,7 @@ def process(rng: np.random.Generator, scale: float, num_images: int, noise: floa
     Its own speed differs by a third of `noise` from other processes', and its images by `noise`, with a long tail.
     """
     own = scale * np.exp(rng.normal(0, noise / 3))
-    parts = {"tokenize": 0.05, "noise": 0.1, "text": 2.0, "denoise": 12.0, "decode": 19.0, "queue": 0.1}
+    parts = {"tokenize": 0.05, "noise": 0.1, "text": 2.0, "denoise": 12.0, "decode": 19.0, "queue": 0.1, "images": 0.2}
     stages = {
         name: tuple(
             float(v)

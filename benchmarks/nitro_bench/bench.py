@@ -26,7 +26,7 @@ from nitro_bench.machine import commit, machine
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Loaded, Memory, Peer, PeerFailed
 from nitro_bench.peers.registry import PEERS
 from nitro_bench.subject import OURS, Case, subject_of, verified
-from nitro_bench.telemetry import read_state
+from nitro_bench.telemetry import PACKAGE, MachineState, read_state
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.quality import Images
@@ -108,7 +108,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="nitro-bench-") as scratch:
         cases = open_cases(config, Path(scratch))
         name = config.name or "+".join(dict.fromkeys(case.bundle.manifest.source.name for case in cases))
-        device = before.gpu.name if before.gpu and any(case.bundle.backend.startswith("tensorrt") for case in cases) else "cpu"
+        device = _device(cases, before)
         if before_timing is not None:
             before_timing(name, device)
         checked = [check(case, config, report) for case in cases]
@@ -194,7 +194,7 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
         try:
             assert checkpoint is not None
             tried.append(_try_peer(case, peer, checkpoint, started.loaded, drawn_BHWC, config))
-            report(f"{case.id}: {name} draws the same to {tried[-1].psnr_db:.1f} dB; about {tried[-1].image_ms:.1f} ms")
+            report(f"{case.id}: {name} {_same_picture_sentence(tried[-1])}; about {tried[-1].image_ms:.1f} ms")
         except PeerFailed as exc:
             failed.append(pairing.failed(case.id, peer, exc.reason))
             report(f"{case.id}: {name} is left out: {exc.reason}")
@@ -217,9 +217,19 @@ def _try_peer(case: Case, peer: Peer, checkpoint: Path, ours: Loaded, ours_BHWC:
         theirs_BHWC, image_ms = pairing.drawn_by(process, case.draw_request(), case.work / f"{peer.name}.npy")
     dtype = started.loaded.compute_dtype
     precisions = subject_of(case, ours).precisions.values()
-    needed = pairing.needed_psnr_db(precisions, ours.compute_dtypes.values(), dtype)
-    found = pairing.require_same_picture(peer, theirs_BHWC, ours_BHWC, needed)
+    needed, found = None, None
+    if started.loaded.differs:
+        pairing.require_same_shape(peer, theirs_BHWC, ours_BHWC)
+    else:
+        needed = pairing.needed_psnr_db(precisions, ours.compute_dtypes.values(), dtype)
+        found = pairing.require_same_picture(peer, theirs_BHWC, ours_BHWC, needed)
     return pairing.Tried(peer=peer, loaded=started.loaded, psnr_db=found, needed_db=needed, image_ms=image_ms)
+
+
+def _same_picture_sentence(tried: pairing.Tried) -> str:
+    if tried.psnr_db is None:
+        return f"is timed and not compared ({tried.loaded.differs})"
+    return f"draws the same to {tried.psnr_db:.1f} dB"
 
 
 @dataclass(kw_only=True)
@@ -315,7 +325,6 @@ def _run(checked: Checked, timed: _Timed, rates: Iterable[ceilings.Ceiling], con
     works = roofline.stage_works(checked.works, num_steps, rates, dtypes, medians)
     for line in roofline.sentences(works):
         report(f"{checked.case.id}: {line}")
-    peak, device_peak, note = timing.peaks(timed.memory)
     return Run(
         subject=subject_of(checked.case, checked.loaded),
         quality=checked.quality,
@@ -324,9 +333,9 @@ def _run(checked: Checked, timed: _Timed, rates: Iterable[ceilings.Ceiling], con
         outside_share=timing.outside_share(timed.processes),
         cold_start=timing.median_cold_start([process.cold_start for process in timed.processes]),
         throughput=timed.throughput,
-        peak_rss_bytes=peak,
-        device_peak_bytes=device_peak,
-        device_memory_note=note,
+        peak_rss_bytes=timed.memory.peak_rss_bytes,
+        device_peak_bytes=timed.memory.device_peak_bytes if checked.case.on_gpu else None,
+        device_memory_note=_device_memory_note(checked.case, timed.memory),
         work=works,
         predictions=tuple(roofline.predict(checked.works, num_steps, card_of(name)) for name in config.predict),
     )
@@ -350,6 +359,26 @@ def _protocol(config: BenchConfig, runs: Sequence[Run]) -> Protocol:
         pairs=MAX_PAIRS if config.peers else 0,
         concurrency=config.concurrency,
     )
+
+
+def _device(cases: Sequence[Case], state: MachineState) -> str:
+    """Raises: ConfigError where some bundles run on a GPU and some do not: one report is of one device."""
+    places = {case.on_gpu for case in cases}
+    if len(places) > 1:
+        raise ConfigError(
+            "some of these bundles run on a GPU and some on the processor; one report is of one device, time them apart"
+        )
+    if places == {False}:
+        return "cpu"
+    return state.gpu.name if state.gpu else "gpu"
+
+
+def _device_memory_note(case: Case, memory: Memory) -> str:
+    if not case.on_gpu:
+        return "this backend has no device memory of its own"
+    if memory.device_peak_bytes is None:
+        return f"it is read through {PACKAGE}, which is not here"
+    return ""
 
 
 def _needed_dtypes(checked: Iterable[Checked]) -> list[str]:

@@ -18,8 +18,8 @@ from nitro_bench.warmup import WarmUp
 
 SCHEMA_VERSION = 1
 KIND = "nitro-rt bench"
-STAGES = ("tokenize", "noise", "queue", "text", "denoise", "decode")
-"""In the order in which they run; a device bundle has `device` for the last three."""
+STAGES = ("tokenize", "noise", "queue", "text", "denoise", "decode", "images")
+"""In the order in which they run; a device bundle has `device` for text, denoise and decode."""
 ENGINE_STAGES = ("text", "denoise", "decode")
 """What runs in engines; a device bundle has `device` for all of them."""
 
@@ -93,7 +93,7 @@ class Process:
     cold_start: ColdStart
     warm_up: WarmUp
     total_ms: tuple[float, ...]
-    """End to end, as the pipeline tells it."""
+    """End to end, from the prompt to PIL images."""
     cpu_ms: tuple[float, ...]
     """Processor time of all threads."""
     stages_ms: dict[str, tuple[float, ...]]
@@ -150,7 +150,7 @@ class PeerRun:
     versions: dict[str, str]
     notes: tuple[str, ...]
     psnr_db: float | None
-    """Its picture against ours, for the timed prompt and noise."""
+    """Its picture against ours, for the timed prompt and noise; null where a note says why it cannot be the same."""
     psnr_needed_db: float | None
     ours_ms: tuple[float, ...]
     """Medians of our turns ..."""

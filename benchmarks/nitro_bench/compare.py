@@ -127,7 +127,7 @@ def sentences(comparison: Comparison) -> Iterator[str]:
         widest = max(_width(line) for line in comparison.lines if line.verdict == UNDECIDED)
         yield (
             f"no regression was shown, nor ruled out: less than about {math.sqrt(widest) - 1:.0%} cannot be told from this "
-            "machine's noise; more processes (--processes), or two bundles instead of two reports, say more"
+            "machine's noise; more processes (--processes), two bundles in turns or an idle machine say more"
         )
     else:
         yield f"no regression: nothing is slower by more than {allowed}"
@@ -148,7 +148,7 @@ def verdict_of(wall: Change, cpu: Change | None, max_slowdown: float) -> str:
     looks = [wall] if cpu is None else [wall, cpu]
     if wall.low > limit or (wall.high > limit and any(look.low > limit for look in looks)):
         return SLOWER
-    if all(look.high < 1 for look in looks):
+    if all(look.high < 1 / limit for look in looks):
         return FASTER
     return SAME if any(look.high < limit for look in looks) else UNDECIDED
 

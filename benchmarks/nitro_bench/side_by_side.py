@@ -18,7 +18,7 @@ from nitro_bench.compare import JUDGED_SHARE, NOT_JUDGED, Comparison, Line, verd
 from nitro_bench.intervals import paired
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Drawn, PeerProcess
 from nitro_bench.subject import OURS, Case, verified
-from nitro_bench.warmup import warm_up
+from nitro_bench.warmup import WINDOW
 from nitro_rt.errors import ConfigError
 
 CPU = "cpu"
@@ -61,7 +61,7 @@ def _compare(old: Case, new: Case, max_slowdown: float, report: Callable[[str], 
         units.append([(_turn(first), _turn(second)) for first, second in turns])
         report(f"{new.id}: process pair {number + 1} of {NUM_PROCESSES}: x{_ratio(units[-1], 'total'):.3f}")
     totals = [pair[0]["total"] for unit in units for pair in unit]
-    on_cpu = not new.bundle.backend.startswith("tensorrt")
+    on_cpu = not new.on_gpu
     for stage in (stage for stage in units[0][0][0] if stage != CPU):
         olds = [pair[0][stage] for unit in units for pair in unit]
         news = [pair[1][stage] for unit in units for pair in unit]
@@ -91,11 +91,11 @@ def _verify(case: Case, report: Callable[[str], None]) -> float:
 
 
 def _start(case: Case) -> PeerProcess:
-    """A process that is loaded and warm."""
+    """A process that is loaded and has drawn a few images: both sides the same number."""
     draw = case.draw_request()
     started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
     try:
-        warm_up(lambda count: started.process.draw(draw, count).image_ms, started.cold_start.first_image_ms)
+        started.process.draw(draw, WINDOW)
     except BaseException:
         started.process.close()
         raise
@@ -103,9 +103,9 @@ def _start(case: Case) -> PeerProcess:
 
 
 def _turn(drawn: Drawn) -> dict[str, float]:
-    """Median of each stage over a turn's images, in ms, `total` and the processor's time among them."""
+    """Median of each stage over a turn's images, in ms, the whole and the processor's time among them."""
     stages = {stage: statistics.median(timings[stage] for timings in drawn.timings_ms) for stage in drawn.timings_ms[0]}
-    return stages | {CPU: statistics.median(drawn.cpu_ms)}
+    return stages | {"total": statistics.median(drawn.image_ms), CPU: statistics.median(drawn.cpu_ms)}
 
 
 def _ratio(unit: Sequence[Pair], stage: str) -> float:

@@ -16,7 +16,9 @@ from nitro_bench.bench_report import Quality, Subject
 from nitro_bench.peer import DrawRequest, Loaded, LoadRequest, Peer, PeerProcess
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import BundleError
+from nitro_rt.executor import DEVICE_BACKENDS
 from nitro_rt.noise import draw_noise
+from nitro_rt.providers import GPU_PROVIDERS, provider_of
 from nitro_rt.quality import Images, compare, require_sound
 from nitro_rt.references import limits_at, pictures, references_at
 
@@ -50,6 +52,10 @@ class Case:
     def id(self) -> str:
         steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
         return f"{self.bundle.folder.name}, {steps}, {self.size_px} px"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.bundle.backend in DEVICE_BACKENDS or provider_of(self.bundle) in GPU_PROVIDERS
 
     @property
     def prompt(self) -> str:

@@ -62,7 +62,7 @@ def test_a_bundle_is_verified_timed_and_counted(little_bundle: Path) -> None:
     assert [len(process.total_ms) for process in run.processes] == [4, 4]
     total = run.summary["total"]
     assert total.num_samples == 8 and total.p95 is None and total.reasons["p95"] == "needs 20 samples, there are 8"
-    assert set(run.summary) >= {"tokenize", "noise", "text", "denoise", "decode", "queue", "outside_engines", "cpu"}
+    assert set(run.summary) >= {"tokenize", "noise", "text", "denoise", "decode", "queue", "images", "outside_engines", "cpu"}
     assert 0 < run.outside_share < 1
     for process in run.processes:
         start = process.cold_start
@@ -132,6 +132,19 @@ def test_a_peer_that_draws_the_same_is_timed_in_turns(with_peers: BenchReport) -
     assert peer.ratio.low is not None and peer.ratio.low <= peer.ratio.median
     assert peer.summary is not None and peer.summary.min >= 2.0 and peer.summary.num_samples == 7 * peer.images_per_turn
     assert peer.device_peak_bytes == 12345 and len(peer.cold_starts) == 1
+
+
+def test_a_peer_that_cannot_draw_the_same_says_why_and_is_timed(
+    little_bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nitro_bench.bench.MAX_PAIRS", 6)
+    registry = {"fake": dataclasses.replace(FAKE, options={"differs": "another schedule"})}
+    lines: list[str] = []
+    config = config_of(little_bundle, peers=("fake",), registry=registry, checkpoint=checkpoint, processes=1, concurrency=(1,))
+    (peer,) = measure(config, lines.append).peers
+    assert peer.status == "timed" and peer.psnr_db is None and peer.psnr_needed_db is None
+    assert peer.notes[0] == "another schedule" and len(peer.theirs_ms) == 6
+    assert any("fake is timed and not compared (another schedule)" in line for line in lines)
 
 
 def test_peers_that_fail_are_listed_with_their_reason(with_peers: BenchReport) -> None:

@@ -18,21 +18,34 @@ class Adapter:
         return {name: version for name in names if (version := _version(name)) is not None}
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        from nitro_bench.telemetry import read_state
         from nitro_rt import ComputeTypeDiffers, Pipeline
         from nitro_rt.bundle import open_bundle
+        from nitro_rt.executor import Executor, open_executor
         from nitro_rt.references import with_steps
 
+        opened: list[Executor] = []
+
+        def open_here() -> Executor:
+            """Keeps the executor at hand, which can tell what a pipeline does not."""
+            opened.append(open_executor(only))
+            return opened[0]
+
+        gpu = read_state().gpu
+        self._gpu_bytes_before = None if gpu is None else gpu.used_memory_bytes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ComputeTypeDiffers)  # it stands in the notes of the result
             bundle = open_bundle(request["model"])
             bundle.check_files()
             # What is timed and what memory it takes is that of these step counts at this size.
-            bundle = bundle.at_size(request["size_px"])
             (num_steps,) = request["steps"]
-            self._pipe = Pipeline.of(with_steps(bundle, num_steps))
+            only = with_steps(bundle.at_size(request["size_px"]), num_steps)
+            self._pipe = Pipeline.of(only, open_executor=open_here)
         self._timings_ms: dict[str, float] = {}
         dtypes = self._pipe.compute_dtypes
-        return {"compute_dtype": dtypes[f"denoise/{num_steps}"], "compute_dtypes": dtypes}
+        facts = {"compute_dtype": dtypes[f"denoise/{num_steps}"], "compute_dtypes": dtypes, "notes": list(opened[0].notes)}
+        # Graph capture is a part of loading only where there is a GPU.
+        return facts | {"capture_ms": getattr(opened[0], "warm_up_ms", None)}
 
     def prepare(self, drawing: dict[str, Any]) -> Callable[[], Any]:
         def draw() -> Any:
@@ -46,7 +59,13 @@ class Adapter:
         return self._timings_ms
 
     def device_peak_bytes(self) -> int | None:
-        return None
+        """How much more of the GPU's memory is in use than before loading: our engines take all that they need at load."""
+        from nitro_bench.telemetry import read_state
+
+        gpu = read_state().gpu
+        if gpu is None or self._gpu_bytes_before is None:
+            return None
+        return max(0, gpu.used_memory_bytes - self._gpu_bytes_before)
 
     def close(self) -> None:
         self._pipe.close()
