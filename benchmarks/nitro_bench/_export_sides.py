@@ -25,15 +25,16 @@ def load(request: Mapping[str, Any]) -> Run:
 
 
 def openvino_graph(request: Mapping[str, Any]) -> Run:
-    """The graph as an engine computes it, with the backend's own options."""
+    """The graph as an engine loads and computes it, with the backend's own options."""
     import openvino
 
     from nitro_engines.backends import load_backend
+    from nitro_rt.openvino_model import read_model
 
     path, graph = _graph(request)
-    core = openvino.Core()
-    model = core.read_model(path)
-    compiled = core.compile_model(model, "CPU", load_backend("openvino", ()).options(graph.compute_dtype))
+    core, options = openvino.Core(), load_backend("openvino", ()).options(graph.compute_dtype)
+    model = read_model(core, (path,), widen=options["INFERENCE_PRECISION_HINT"] == "f32")
+    compiled = core.compile_model(model, "CPU", options)
     del model
     call = compiled.create_infer_request()
 

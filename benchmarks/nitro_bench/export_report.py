@@ -95,7 +95,7 @@ Checkpoints: `nitro_bench.synthetic`, seeded random weights of SDXL base 1.0's e
 parameters in the UNet, 1024 px), with half its widths (`half`, 0.64 B, 512 px), and of a few MB (`tiny`, 64 px: it shows that
 a way can be gone and what it refuses, not what it costs). Each figure is of a process of its own.
 Processor seconds count all threads; on a machine with other work they change less than wall-clock seconds.
-{_busy_note(report)}
+{_dates(report)}{_busy_note(report)}
 ## What it costs
 
 {_costs(report)}
@@ -237,6 +237,12 @@ def _goals(report: ExportReport) -> str:
                 verdict += "; promised only with AMX or VNNI, which this processor has not"
             lines.append(f"- {size}, {px} px, {stage}, {side}: {ratio:.2f} of the best peer, goal {goal}: {verdict}")
     return "\n".join(lines) or "No goal can be judged: nothing was timed beside a peer at half or full size."
+
+
+def _dates(report: ExportReport) -> str:
+    """Pieces are kept, so a report may hold measurements of several days and commits; the JSON has those of each."""
+    days = sorted({result["date"][:10] for result in report.results.values() if "date" in result})
+    return f"Measured from {days[0]} to {days[-1]}.\n" if len(days) > 1 else ""
 
 
 def _busy_note(report: ExportReport) -> str:

@@ -160,6 +160,13 @@ def test_a_busy_machine_is_said(config: ExportBenchConfig) -> None:
     assert "busy** when 1 of 2 measurements began (load 0.3 to 700.0" in markdown(collected(config))
 
 
+def test_pieces_of_several_days_are_said(config: ExportBenchConfig) -> None:
+    export._store(config, "half/checkpoint", COST | {"date": "2026-11-23 23:50"})
+    assert "Measured from" not in markdown(collected(config))
+    export._store(config, "half/export/torch-unet", COST | {"date": "2026-11-25 00:10"})
+    assert "Measured from 2026-11-23 to 2026-11-25." in markdown(collected(config))
+
+
 def test_spans_are_added_up_by_stage() -> None:
     marks = [
         {"name": "decode: exported", "seconds": 2.0, "cpu_seconds": 1.0, "peak_rss_bytes": 7},
