@@ -28,7 +28,7 @@ class WatchedExecutor:
         self.calls: list[tuple[int, int, int]] = []
         """Steps, size and number of used rows of every call."""
         self.events: list[tuple[str, int]] = []
-        """open and close, with the thread they happened on."""
+        """open and close, when they have ended, with the thread they happened on."""
         self.threads: set[int] = set()
         self.on_draw: Callable[[np.ndarray[Any, Any]], None] = lambda ids_BT: None
         """Called with the token ids of every call; what it raises, the call raises."""
@@ -37,9 +37,9 @@ class WatchedExecutor:
         self._inner: Any = None
 
     def open(self) -> WatchedExecutor:
-        self._note("open")
         self.on_open()
         self._inner = open_executor(self.bundle)
+        self._note("open")
         return self
 
     @property
@@ -64,9 +64,9 @@ class WatchedExecutor:
         return self._inner.draw(num_steps, size_px, ids_BT, ids_2_BT, noise_NBCHW)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        self._note("close")
         self._inner.close()
         self.on_close()
+        self._note("close")
 
     def wait_for_call(self) -> None:
         """Return when one more call has reached the gate."""

@@ -308,7 +308,7 @@ def lose(ids_BT: object) -> None:
 def test_a_lost_device_fails_all_and_reopening_goes_on(pipe: Pipeline, watched: WatchedExecutor, alone: Pipeline) -> None:
     held = hold(pipe, watched)
     waiting = [pipe.submit("a dog", seed=seed, steps=steps) for seed, steps in enumerate((1, 1, 1, 2))]
-    watched.on_draw = lose
+    watched.on_draw, watched.on_close = lose, lambda: time.sleep(0.1)
     watched.gate.set()
     for future in (held, *waiting):
         with pytest.raises(DeviceLost, match=r"CUDA error 719 .*pipe.reopen\(\)"):
