@@ -278,6 +278,19 @@ def test_a_deadline_ends_the_wait_for_a_place(how: str, gated: Pipeline) -> None
         gated.submit("a dog")  # the other one still has its place, and it is the only one
 
 
+@pytest.mark.parametrize("how", CALLS)
+def test_what_fails_before_it_is_in_line_gives_its_place_back(
+    how: str, gated: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*args: object) -> None:
+        raise MemoryError("no noise")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no noise"):
+        patch.setattr("nitro_rt.pipeline.draw_noise", no_memory)
+        CALLS[how](gated, "a dog")
+    gated.submit("a dog")  # the one place is free again
+
+
 def test_ctrl_c_takes_a_waiting_request_back(gated: Pipeline, watched: WatchedExecutor) -> None:
     me = threading.main_thread().ident
     assert me is not None
