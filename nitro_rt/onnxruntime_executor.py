@@ -54,8 +54,10 @@ class OnnxRuntimeExecutor:
         self._notes: list[str] = []
         self._compute_dtypes: dict[str, str] = {}
         try:
+            # A session first: it loads the libraries that a value on a GPU needs.
+            self._text, own_graph = self._open("text", bundle.manifest.text)
             self._text_values = self._allocate(bundle.manifest.text)
-            self._text = self._open("text", bundle.manifest.text, self._text_values)
+            self._place("text", self._text, bundle.manifest.text, self._text_values, own_graph)
         except BaseException:
             self.close()
             raise
@@ -77,9 +79,10 @@ class OnnxRuntimeExecutor:
             # The same name is the same value in every stage, but for the decoder, which reads where the denoiser wrote.
             values = self._allocate(engines.denoise[num_steps], engines.decode) | self._text_values
             read = {"latents": values["next_latents"], "images": values["images"]}
-            sized = self._sized[size_px] = _Sized(values, self._open(bundle.stage("decode", size_px), engines.decode, read))
-        stage, engine = bundle.stage("denoise", size_px, num_steps), engines.denoise[num_steps]
-        sized.denoisers[num_steps] = self._open(stage, engine, sized.values)
+            decode = self._loaded(bundle.stage("decode", size_px), engines.decode, read)
+            sized = self._sized[size_px] = _Sized(values, decode)
+        stage = bundle.stage("denoise", size_px, num_steps)
+        sized.denoisers[num_steps] = self._loaded(stage, engines.denoise[num_steps], sized.values)
         return True
 
     def draw(
@@ -139,7 +142,13 @@ class OnnxRuntimeExecutor:
             value.update_inplace(np.zeros(spec.shape, dtype))
         return value
 
-    def _open(self, stage: str, engine: Engine, values: Mapping[str, onnxruntime.OrtValue]) -> OnnxRuntimeSession:
+    def _loaded(self, stage: str, engine: Engine, values: Mapping[str, onnxruntime.OrtValue]) -> OnnxRuntimeSession:
+        session, own_graph = self._open(stage, engine)
+        self._place(stage, session, engine, values, own_graph)
+        return session
+
+    def _open(self, stage: str, engine: Engine) -> tuple[OnnxRuntimeSession, bool]:
+        """The session of a stage, and whether ONNX Runtime puts it into a CUDA graph."""
         paths = tuple(self._bundle.path(reference) for reference in engine.files)
         own_graph = self._options.cuda_graphs in ("auto", "runtime") and provider_of(self._bundle) in GPU_PROVIDERS
         try:
@@ -150,14 +159,24 @@ class OnnxRuntimeExecutor:
             self._notes.append(f"{exc}; its kernels are launched one by one")
             own_graph, session = False, OnnxRuntimeSession(stage, engine, paths, self._placement(False))
         self._sessions.callback(session.close)
-        session.bind_values({spec.name: values[spec.name] for spec in (*engine.inputs, *engine.outputs)})
         self._compute_dtypes[stage] = session.compute_dtype
         elsewhere = session.elsewhere()
         if elsewhere:
             listed = ", ".join(f"{count} {kind}" for kind, count in sorted(elsewhere.items()))
             self._notes.append(f"ONNX Runtime runs these operators of {stage} on the CPU, not on the GPU: {listed}")
+        return session, own_graph
+
+    def _place(
+        self,
+        stage: str,
+        session: OnnxRuntimeSession,
+        engine: Engine,
+        values: Mapping[str, onnxruntime.OrtValue],
+        own_graph: bool,
+    ) -> None:
+        """Bind a session to its values, and run it until it allocates no more."""
+        session.bind_values({spec.name: values[spec.name] for spec in (*engine.inputs, *engine.outputs)})
         self._warm_up(stage, session, [values[spec.name] for spec in engine.outputs] if own_graph else [])
-        return session
 
     def _placement(self, own_graph: bool) -> Placement:
         cache = None

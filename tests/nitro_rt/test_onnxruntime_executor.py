@@ -160,6 +160,20 @@ def _on_cpu(bundle: Bundle) -> Bundle:
     )
 
 
+def test_a_session_comes_before_any_value(bundle: Bundle, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value on a GPU needs CUDA's libraries, which opening a session loads."""
+    order: list[str] = []
+    opened, allocated = onnxruntime_executor.OnnxRuntimeSession, onnxruntime.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setattr(
+        onnxruntime_executor, "OnnxRuntimeSession", lambda *args: order.append(f"session {args[0]}") or opened(*args)
+    )
+    monkeypatch.setattr(
+        onnxruntime.OrtValue, "ortvalue_from_shape_and_type", lambda *args: order.append("value") or allocated(*args)
+    )
+    OnnxRuntimeExecutor(bundle, memory="cpu").close()
+    assert order[:2] == ["session text", "value"]
+
+
 def test_what_runs_on_the_cpu_instead_is_noted(bundle: Bundle, stand_in: Any) -> None:
     executor = OnnxRuntimeExecutor(bundle, memory="cpu")
     assert executor.notes[0].startswith("ONNX Runtime runs these operators of text on the CPU, not on the GPU: 2 Add, ")
@@ -246,7 +260,6 @@ def test_a_device_that_does_not_exist(bundle: Bundle, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA")
 def test_a_gpu_without_the_gpu_wheel(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_executor, "find_driver", lambda: CARD)
-    monkeypatch.setattr(OnnxRuntimeExecutor, "_allocate", lambda self, *engines: {})
     with pytest.raises(BackendUnavailable, match=f"text asks for {CUDA}; .* then pip install 'nitro-rt\\[cuda\\]'"):
         Pipeline.load(bundle.folder)
 
