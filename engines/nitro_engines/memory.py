@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitro_engines.files import free_mib
 from nitro_engines.host import available_bytes
-from nitro_engines.quantisation import MAX_CALIBRATION_PX, QUANTISED
+from nitro_engines.quantisation import MAX_CALIBRATION_PX, QUANTISED, calibration_batch
 from nitro_export.export import PARITY_BYTES
 from nitro_rt.errors import BuildError
 
@@ -191,7 +191,8 @@ def plan_memory(
     if not exported:
         steps += _export_steps(networks, floats, activations, size_px)
         if quantised:
-            watched = activation_numbers(checkpoint, size_px=min(size_px, MAX_CALIBRATION_PX), batch=1)
+            watched_px = min(size_px, MAX_CALIBRATION_PX)
+            watched = activation_numbers(checkpoint, size_px=watched_px, batch=calibration_batch(watched_px))
             steps += [_parent("calibrating", networks, watched), _quantise(networks)]
     if gated:
         steps.append(_parent("drawing the references", networks, activations))

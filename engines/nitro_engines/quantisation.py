@@ -23,9 +23,13 @@ BASE_PRECISION = "fp16"
 DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm", "asimd"}
 """CPUs with one of these add 8-bit products up in 32 bits. Others (AVX2 alone) saturate at 16 bits on the way."""
 SATURATING_BACKENDS = ("openvino",)
-"""Those whose kernels do that. ONNX Runtime's give the same pictures with 8 bits (docs/quantisation.md)."""
+"""Those whose kernels do that. ONNX Runtime's CPU provider multiplies these graphs in floats (docs/quantisation.md)."""
+SYMMETRIC_BACKENDS = ("tensorrt", "tensorrt-rtx")
+"""Those that read activations with the zero point 0 only; so does ONNX Runtime on TensorRT."""
 MAX_CALIBRATION_PX = 512
 """Larger images are calibrated at this size: ranges are of layers, and a 1024-pixel drawing takes four times as long."""
+PIXELS_PER_DRAWING = 8 * 128**2
+"""Small images are drawn several at a time, at most eight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +40,32 @@ class Quantisation:
     """int8 or fp8."""
     weight_bits: int
     """7 for CPUs whose 8-bit multiplication saturates; 8 elsewhere."""
+    symmetric: bool
+    """Activations have the zero point 0; otherwise each tensor has its own, which leaves no codes unused."""
     seed: int = 0
 
     def fields(self) -> Fields:
         """For keys: the options, and the code that gives them their meaning."""
         package = Path(nitro_export.__file__).parent / "quantise"
-        return dataclasses.asdict(self) | {"source": source_sha256(package), "max_calibration_px": MAX_CALIBRATION_PX}
+        constants = {"max_calibration_px": MAX_CALIBRATION_PX, "pixels_per_drawing": PIXELS_PER_DRAWING}
+        return dataclasses.asdict(self) | constants | {"source": source_sha256(package)}
 
 
-def quantisation_of(precision: str, backend: str) -> Quantisation | None:
-    """What `precision` means on `backend`; None for a float precision."""
+def quantisation_of(precision: str, backend: str, provider: str | None = None) -> Quantisation | None:
+    """What `precision` means on `backend`, and there on ONNX Runtime's `provider` (None: cpu); None for a float precision."""
     if precision not in QUANTISED:
         return None
     saturates = backend in SATURATING_BACKENDS and not DOT_PRODUCTS & set(cpu_target()["features"].split())
-    return Quantisation(precision=precision, weight_bits=7 if saturates and precision == "int8" else 8)
+    return Quantisation(
+        precision=precision,
+        weight_bits=7 if saturates and precision == "int8" else 8,
+        symmetric=precision == "fp8" or backend in SYMMETRIC_BACKENDS or provider not in (None, "cpu"),
+    )
+
+
+def calibration_batch(size_px: int) -> int:
+    """Images per drawing of a calibration at `size_px`."""
+    return max(1, min(8, PIXELS_PER_DRAWING // size_px**2))
 
 
 def recipe_of(
@@ -81,7 +97,7 @@ def recipe_of(
             except BundleError as exc:
                 report(f"the cached calibration {key[:12]} is damaged and is measured again: {exc}")
         recipe = calibrate(
-            Parent(read_checkpoint(checkpoint), size_px=size_px),
+            Parent(read_checkpoint(checkpoint), size_px=size_px, batch=calibration_batch(size_px)),
             steps=fields["steps"],
             shift=fields["shift"],
             **dataclasses.asdict(quantisation),

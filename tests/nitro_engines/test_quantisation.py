@@ -76,5 +76,24 @@ def test_weights_keep_a_bit_free_where_products_saturate(
     assert found is not None and (found.precision, found.weight_bits) == (precision, bits)
 
 
+@pytest.mark.parametrize(
+    ("backend", "provider", "precision", "symmetric"),
+    [
+        ("openvino", None, "int8", False),
+        ("onnxruntime", None, "int8", False),
+        ("onnxruntime", "cpu", "int8", False),
+        ("onnxruntime", "tensorrt", "int8", True),
+        ("tensorrt", None, "int8", True),
+        ("tensorrt-rtx", None, "int8", True),
+        ("openvino", None, "fp8", True),
+    ],
+)
+def test_activations_have_a_zero_point_of_their_own_where_the_backend_reads_one(
+    backend: str, provider: str | None, precision: str, symmetric: bool
+) -> None:
+    found = quantisation_of(precision, backend, provider)
+    assert found is not None and found.symmetric is symmetric and found.fields()["symmetric"] is symmetric
+
+
 def test_float_precisions_quantise_nothing() -> None:
     assert [quantisation_of(precision, "openvino") for precision in ("fp32", "fp16", "bf16")] == [None] * 3

@@ -10,6 +10,7 @@ import pytest
 
 from nitro_export.parent import Parent
 from nitro_export.quantise import QuantisationRecipe, calibrate
+from nitro_export.quantise.calibration import default_num_prompts
 from nitro_export.quantise.prompts import built_in_prompts, prompts_sha256
 from nitro_rt.errors import BundleError, ConfigError, ExportError
 
@@ -25,9 +26,13 @@ def test_one_step_is_calibrated_at_its_one_level_and_twice_the_same(
         return draw(self, prompts, seeds, schedule, **options)
 
     monkeypatch.setattr(Parent, "draw", watched)
+    said: list[str] = []
     first, again = (
-        calibrate(parent_of(tiny_kl), steps=(1,), precision="int8", shift=500, num_prompts=1).to_json() for _ in range(2)
+        calibrate(parent_of(tiny_kl), steps=(1,), precision="int8", shift=500, num_prompts=1, report=said.append).to_json()
+        for _ in range(2)
     )
+    measured = [line for line in said if line.endswith("of 262 layers measured")]
+    assert [int(line.split()[1]) // 100 for line in measured] == [1, 2, 1, 2]  # layers that share a tensor come together
     assert first == again
     assert drawn == [(499,), (499,)]
     recipe = QuantisationRecipe.from_json(first)
@@ -96,4 +101,13 @@ def test_a_parent_that_gives_nan_is_refused(tiny_kl: Path, parent_of: Callable[[
 
 def test_prompts_are_seeded_and_varied() -> None:
     assert built_in_prompts(8, 3) == built_in_prompts(8, 3) != built_in_prompts(8, 4)
-    assert len(set(built_in_prompts(64, 0))) > 60
+    found = built_in_prompts(64, 0)
+    assert len(set(found)) > 60
+    plain = [prompt for prompt in found if "," not in prompt]
+    assert len(plain) == 32 and {prompt.split()[0] for prompt in plain} == {"a", "an"}
+    apples = [prompt for prompt in found if "apple" in prompt]
+    assert any("," in prompt for prompt in apples) and any("," not in prompt for prompt in apples)
+
+
+def test_small_images_are_calibrated_with_many_prompts() -> None:
+    assert [default_num_prompts(size_px) for size_px in (64, 128, 256, 512, 1024)] == [128, 128, 32, 4, 4]
