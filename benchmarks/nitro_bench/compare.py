@@ -1,9 +1,10 @@
 """`nitro-rt bench-compare OLD.json NEW.json`: is the new one slower?
 
 Two runs of the same program differ: by the processes' luck, and by what else the machine did in those minutes. So each stage is
-compared over processes (`intervals`), and relative to the yardstick that was timed between the images; the whole call also by
-its processor time, relative to the yardstick's, which another load disturbs least. It is slower where with 95 % confidence the
-wall clock says so, or the processor time does and the wall clock does not rule it out.
+compared over processes (`intervals`), as measured and relative to the yardstick that was timed between the images, and the
+wider of the two intervals counts. The whole call is also compared by its processor time, relative to the yardstick's, which
+another load disturbs least. It is slower where with 95 % confidence the wall clock says so, or the processor time does and the
+wall clock does not rule it out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Line:
     """Median over all images, as measured."""
     new_ms: float
     wall: Change
-    """Relative to the yardstick."""
+    """As measured; the interval holds the one relative to the yardstick too."""
     cpu: Change | None
     """Processor time relative to the yardstick's; of the whole call only, and on a processor only."""
     verdict: str
@@ -142,6 +143,11 @@ def interval(change: Change) -> str:
     return f"x{change.ratio:.3f} [{change.low:.3f}, {change.high:.3f}]"
 
 
+def wider(measured: Change, relative: Change) -> Change:
+    """Both readings at once: a machine that was slower, and a yardstick that was unlucky, must not make a regression."""
+    return Change(ratio=measured.ratio, low=min(measured.low, relative.low), high=max(measured.high, relative.high))
+
+
 def verdict_of(wall: Change, cpu: Change | None, max_slowdown: float) -> str:
     """What two looks at the same change say together."""
     limit = 1 + max_slowdown
@@ -155,7 +161,9 @@ def verdict_of(wall: Change, cpu: Change | None, max_slowdown: float) -> str:
 
 def _lines(old: Run, new: Run, max_slowdown: float, *, on_cpu: bool) -> Iterator[Line]:
     for stage in (*(stage for stage in _ordered(old) if stage in new.summary), "total"):
-        wall = _change(old, new, functools.partial(_wall_ms, stage=stage), _stick_ms if on_cpu else None)
+        wall = _change(old, new, functools.partial(_wall_ms, stage=stage), None)
+        if on_cpu:
+            wall = wider(wall, _change(old, new, functools.partial(_wall_ms, stage=stage), _stick_ms))
         cpu = _change(old, new, _cpu_ms, _stick_cpu_ms) if stage == "total" and on_cpu else None
         share = old.summary[stage].p50 / old.summary["total"].p50
         yield Line(
@@ -191,7 +199,7 @@ def _stick_cpu_ms(process: Process) -> Sequence[float]:
 
 
 def _change(old: Run, new: Run, values_of: Values, sticks_of: Values | None) -> Change:
-    """Compare two runs by one quantity, relative to the yardstick's; None where a GPU does not share the processor's load."""
+    """Compare two runs by one quantity, as measured or relative to the yardstick's."""
     by_process = min(len(old.processes), len(new.processes)) >= MIN_PROCESSES
     logs = _process_logs if by_process else _batch_logs
     return welch(logs(old, values_of, sticks_of), logs(new, values_of, sticks_of))
