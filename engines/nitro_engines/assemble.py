@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nitro_engines.cache import EngineCache
+from nitro_engines.cache import EngineCache, touch
 from nitro_engines.files import Report, free_mib, fsync, link_or_copy, silent, source_sha256, storage_errors, write_durably
 from nitro_engines.keys import Fields, key_of
 from nitro_rt.errors import BuildError, NitroError
@@ -129,10 +129,12 @@ class Assembly:
         """
         folder = self.folder(cache)
         if self._whole == folder and folder.is_dir():
+            touch(folder / RECORD)
             return folder
         with cache.making(f"model-{self.key}", f"the checkpoint {self.what}", report) as work:
             if folder.is_dir():
                 if self._is_whole(folder, cache):
+                    touch(folder / RECORD)
                     report(f"checkpoint {self.what} from the cache")
                     self._whole = folder
                     return folder

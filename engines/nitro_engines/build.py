@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nitro_engines.bundle import BuildResult, bundle_from_graphs, engines_from_graphs
-from nitro_engines.cache import EngineCache
+from nitro_engines.cache import EngineCache, touch
 from nitro_engines.files import Report, foreign_errors, fsync, link_or_copy, silent, storage_errors
 from nitro_engines.gate import Gate, QualityMissed
 from nitro_engines.graphs import read_graphs
@@ -29,7 +29,7 @@ from nitro_engines.speed import (
     require_measurable,
 )
 from nitro_rt.errors import BundleError, ModelNotFound
-from nitro_rt.manifest import sha256_of
+from nitro_rt.manifest import EXPORT_FILE, sha256_of
 
 _WEIGHTS = re.compile(r"[0-9a-f]{64}\.(safetensors|data)")
 """Names of weight files of graphs."""
@@ -50,6 +50,11 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
     if request.precision == AUTO:
         return _build_fastest(request, report, cache)
     prepared, out = _prepared(request, report, cache)
+    with cache.in_use(report):
+        return _build(prepared, out, report, cache)
+
+
+def _build(prepared: Preparation, out: Path, report: Report, cache: EngineCache) -> BuildResult:
     started = time.perf_counter()
     made = [_graphs(prepared, size_px, cache, report) for size_px in prepared.request.sizes_px]
     seconds = {"export": round(time.perf_counter() - started, 3)} if any(exported for _, exported in made) else {}
@@ -63,7 +68,7 @@ def build(request: BuildRequest, report: Report = silent, cache: EngineCache | N
             report,
             more_sizes=more_sizes,
             gate=_gate(prepared, report),
-            rebuild=request.rebuild,
+            rebuild=prepared.request.rebuild,
         )
     except QualityMissed as exc:
         if prepared.quantisation is None:
@@ -78,10 +83,15 @@ def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) ->
     Raises: also ConfigError for a backend whose engines cannot be timed here.
     """
     require_measurable(request.backend)
-    started = time.perf_counter()
     parent, out = _prepared(dataclasses.replace(request, precision=FLOAT_PRECISIONS[request.backend]), report, cache)
     quantised = prepare_build(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO))
     require_room(forecast(quantised, cache, cached_graphs(quantised, cache)))
+    with cache.in_use(report):
+        return _fastest(parent, quantised, out, report, cache)
+
+
+def _fastest(parent: Preparation, quantised: Preparation, out: Path, report: Report, cache: EngineCache) -> BuildResult:
+    started = time.perf_counter()
     (size_px,) = parent.request.sizes_px
     folders = [_graphs(prepared, size_px, cache, report)[0] for prepared in (parent, quantised)]
     engines = [engines_from_graphs(folder, parent.backend, cache, report) for folder in folders]
@@ -96,7 +106,15 @@ def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) ->
         chosen, gate = final_results(results, stages), _gate(parent, report)
         report("trying " + ", ".join(f"{result.stage.partition('/')[0]} in {result.chosen}" for result in chosen))
         built = bundle_from_graphs(
-            folders[0], out, parent.backend, cache, report, gate=gate, stages_from=stages_from, speed_gate=chosen
+            folders[0],
+            out,
+            parent.backend,
+            cache,
+            report,
+            gate=gate,
+            stages_from=stages_from,
+            speed_gate=chosen,
+            rebuild=parent.request.rebuild,
         )
         return dataclasses.replace(built, seconds={**seconds, **built.seconds})
 
@@ -143,6 +161,7 @@ def _graphs(prepared: Preparation, size_px: int, cache: EngineCache, report: Rep
         return exported()
     key, precision = prepared.graphs_key(size_px), prepared.quantisation.precision
     if _whole(cache.graphs / key):
+        touch(cache.graphs / key / EXPORT_FILE)
         report(f"graphs{at} in {precision} of {prepared.source.name} from the cache")
         return cache.graphs / key, False
     make = functools.partial(_quantise, prepared, size_px, exported()[0], cache=cache, report=report)
@@ -156,6 +175,7 @@ def _kept(key: str, what: str, make: Callable[[Path], None], cache: EngineCache,
         if folder.is_dir():
             try:
                 read_graphs(folder)
+                touch(folder / EXPORT_FILE)
                 report(f"{what} from the cache")
                 return folder, False
             except BundleError as exc:

@@ -101,12 +101,30 @@ def bundle_from_graphs(
     for part in parts.values():
         backend.compute_dtype(part.graph.compute_dtype)  # refuses what cannot be built, before anything is written
     out = prepare(out, report)
+    with cache.in_use(report):
+        return _built(
+            (graphs, *more_sizes), parts, out, backend, cache, report, gate=gate, speed_gate=speed_gate, rebuild=rebuild
+        )
+
+
+def _built(
+    folders: Sequence[Path],
+    parts: Mapping[str, Part],
+    out: Path,
+    backend: Backend,
+    cache: EngineCache,
+    report: Report,
+    *,
+    gate: Gate | None,
+    speed_gate: tuple[SpeedResult, ...],
+    rebuild: bool,
+) -> BuildResult:
     cache.sweep(report)
     started = time.perf_counter()
-    references = gate.references([read_graphs(folder) for folder in (graphs, *more_sizes)], cache, report) if gate else ()
+    references = gate.references([read_graphs(folder) for folder in folders], cache, report) if gate else ()
     seconds = {"references": round(time.perf_counter() - started, 3)} if gate else {}
     built = Builder(backend=backend, cache=cache, report=report, rebuild=rebuild, published=out).build(parts)
-    bundle = _manifest(parts, built.engines, _tokenizers(graphs, cache, report), backend)
+    bundle = _manifest(parts, built.engines, _tokenizers(folders[0], cache, report), backend)
     bundle = dataclasses.replace(bundle, references=references, speed_gate=speed_gate)
     bundle = dataclasses.replace(bundle, memory_plan=memory_plan(bundle))
     seconds |= built.seconds

@@ -4,21 +4,28 @@
     engines/files/<sha256>.<ext>    engine and tokenizer files; bundles hold hard links to them
     graphs/<key>/                   exported checkpoints
     builds/<engine key>.json        the fields of bundles built before, for --explain
+    models/<key>/                   checkpoints assembled from parts; what users put there has names of its own
     references/<key>.json           pictures that float32 parents drew; the PNGs lie in engines/files
+    recipes/<key>.json              what calibrations measured
     gates/<key>.json                what the quality gate measured
     speeds/<key>.json               what the speed gate measured
+    durations/, timings/<key>.json  what earlier compilations left for the next
     work/<key>/                     what is being made; whoever holds the key's lock owns it
     locks/<key>.lock
+    locks/running/<id>.lock         a build that is at work, since the file's time
 
 The root is `<user cache>/nitro-rt`; the environment variable NITRO_RT_CACHE overrides it. Nothing here is precious:
-all of it may be deleted, and what is damaged is noticed by its digest and made again.
+all of it may be deleted while no build runs, and what is damaged is noticed by its digest and made again. What is used is
+touched, so that `nitro_engines.prune` knows what is not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +59,12 @@ def default_cache_root() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_path("nitro-rt"))
 
 
+def touch(path: Path) -> None:
+    """Note that something of the cache is used. Where that cannot be written, it stays as it was."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
 class EngineCache:
     """Engines by key and files by content, safe for several builders at once.
 
@@ -67,6 +80,7 @@ class EngineCache:
         self._builds = self.root / "builds"
         self._work = self.root / "work"
         self._locks = self.root / "locks"
+        self._running = self._locks / "running"
 
     @contextmanager
     def making(self, key: str, what: str, report: Report = silent) -> Iterator[Path]:
@@ -78,7 +92,7 @@ class EngineCache:
         with storage_errors("preparing the cache", self.root):
             for needed in (self._entries, self._files, self.graphs, self._builds, self._work, self._locks):
                 needed.mkdir(parents=True, exist_ok=True)
-        with locked(self._locks / f"{key}.lock", f"another build is making {what}; waiting for it", report):
+        with locked(self.lock_file(key), f"another build is making {what}; waiting for it", report):
             with storage_errors("preparing the cache", folder):
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -88,12 +102,51 @@ class EngineCache:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def in_use(self, report: Report = silent) -> Iterator[None]:
+        """Let nothing be pruned that is used from now on: for the whole of a build."""
+        with storage_errors("preparing the cache", self.root):
+            self._running.mkdir(parents=True, exist_ok=True)
+        marker = FileLock(self._running / f"{os.getpid()}-{uuid.uuid4().hex}.lock")
+        with self._pruning_lock(report):
+            marker.acquire()
+        try:
+            yield
+        finally:
+            Path(marker.lock_file).unlink(missing_ok=True)
+            marker.release()
+
+    @contextmanager
+    def pruning(self, report: Report = silent) -> Iterator[float | None]:
+        """Keep builds from beginning, and yield the time since which the oldest that is at work runs; None: none is."""
+        with self._pruning_lock(report):
+            yield min(self._running_since(), default=None)
+
+    def _pruning_lock(self, report: Report) -> contextlib.AbstractContextManager[FileLock]:
+        with storage_errors("preparing the cache", self.root):
+            self._locks.mkdir(parents=True, exist_ok=True)
+        return locked(self.lock_file("pruning"), "the cache is being pruned; waiting for it", report)
+
+    def _running_since(self) -> Iterator[float]:
+        for path in sorted(self._running.glob("*.lock")):
+            lock = FileLock(path)
+            try:
+                started = path.stat().st_mtime
+                lock.acquire(timeout=0)
+            except Timeout:
+                yield started
+            except OSError:
+                continue  # it has just ended
+            else:
+                path.unlink(missing_ok=True)  # of a build that was killed
+                lock.release()
+
     def sweep(self, report: Report = silent) -> None:
         """Remove what killed builders left: a work folder whose lock is free has no owner."""
         if not self._work.is_dir():
             return
         for folder in sorted(self._work.iterdir()):
-            lock = FileLock(self._locks / f"{folder.name}.lock")
+            lock = FileLock(self.lock_file(folder.name))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -126,6 +179,7 @@ class EngineCache:
             report(f"the cached engine {key[:12]} is damaged and is built again: {damage[0]}")
             path.unlink(missing_ok=True)
             return None
+        touch(path)
         return entry.engine
 
     def entry(self, key: str) -> Engine | None:
@@ -162,16 +216,22 @@ class EngineCache:
 
     def find_record(self, kind: str, key: str) -> Any:
         """The JSON of `<kind>/<key>.json`; None if there is none, or it cannot be read."""
+        path = self.root / kind / f"{key}.json"
         try:
-            return json.loads((self.root / kind / f"{key}.json").read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        touch(path)
+        return record
 
     def store_record(self, kind: str, key: str, value: object, work: Path) -> None:
         """Publish a small JSON record, whole."""
         with storage_errors("preparing the cache", self.root):
             (self.root / kind).mkdir(exist_ok=True)
         self._publish(self.root / kind / f"{key}.json", json.dumps(value, indent=2, sort_keys=True) + "\n", work)
+
+    def lock_file(self, name: str) -> Path:
+        return self._locks / f"{name}.lock"
 
     def path(self, reference: FileRef) -> Path:
         """Where a file of the cache is. Raises: BundleError if an edited entry points outside."""

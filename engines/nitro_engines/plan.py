@@ -44,7 +44,7 @@ class BuildPlan:
     fields: Fields
     """The engine key's fields; without `onnx_sha256` while the graphs do not exist."""
     stages: dict[str, str]
-    """Stage -> `cached`, `build`, or `unknown` while the graphs do not all exist."""
+    """Stage -> `cached`, `build`, `build again` (cached, but asked for), or `unknown` while the graphs do not all exist."""
     nearest_key: str | None
     """The engine key built before that differs least; None if none was built."""
     differences: tuple[Difference, ...]
@@ -147,7 +147,7 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
         stages = dict.fromkeys(_stage_names(prepared.request), "unknown")
     else:
         fields = bundle_fields(parts, prepared.backend)
-        stages = {stage: "cached" if _is_cached(part, prepared.backend, cache) else "build" for stage, part in parts.items()}
+        stages = {stage: _state(part, prepared, cache) for stage, part in parts.items()}
     engine_key = key_of(fields) if complete else None
     built = cache.known_builds()
     if not complete:  # compare what can be compared
@@ -262,8 +262,10 @@ def _parts(prepared: Preparation, cache: EngineCache) -> dict[str, Part]:
     return parts_of([cache.graphs / prepared.graphs_key(size_px) for size_px in prepared.request.sizes_px], {})
 
 
-def _is_cached(part: Part, backend: Backend, cache: EngineCache) -> bool:
-    return cache.has(key_of(stage_fields(part.manifest, part.stage, part.graph, backend)))
+def _state(part: Part, prepared: Preparation, cache: EngineCache) -> str:
+    if not cache.has(key_of(stage_fields(part.manifest, part.stage, part.graph, prepared.backend))):
+        return "build"
+    return "build again" if prepared.request.rebuild else "cached"
 
 
 def _built_stages(manifest: GraphsManifest | None, backend: Backend, cache: EngineCache) -> frozenset[str]:

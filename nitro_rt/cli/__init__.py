@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "Time bundles, alone and beside peers.",
     "bench-compare": "Say whether one benchmark is slower than another.",
     "build": "Build an engine bundle from a checkpoint.",
+    "cache": "List what is cached, or prune it.",
     "doctor": "Say what this machine can build and run.",
     "evaluate": "Score a checkpoint per step count.",
     "extract-lora": "Write a student's UNet as a LoRA for checkpoints of its base.",

@@ -117,6 +117,13 @@ def test_weight_files_of_two_sizes_are_one_file(
     assert len(shared) == 3 and all((first / name).samefile(second / name) for name in shared)
 
 
+def test_a_rebuild_is_planned_and_done(request_: BuildRequest, cache: EngineCache, exporter: Exporter) -> None:
+    build(request_, cache=cache)
+    again = changed(request_, rebuild=True)
+    assert set(plan(again, cache).stages.values()) == {"build again"}
+    assert set(build(again, cache=cache).stages.values()) == {"identical"} and len(exporter.calls) == 1
+
+
 def test_the_default_place(
     request_: BuildRequest, cache: EngineCache, exporter: Exporter, monkeypatch: Any, tmp_path: Path
 ) -> None:

@@ -207,7 +207,7 @@ def auto(folders: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypat
     module = sys.modules["nitro_engines.build"]
     monkeypatch.setattr(module, "_graphs", lambda prepared, *_: (folders[prepared.quantisation is not None], False))
     monkeypatch.setattr(module, "_gate", lambda *_: None)
-    monkeypatch.setattr(module, "forecast", lambda *_: type("Forecast", (), {"require": lambda self: None})())
+    monkeypatch.setattr(module, "require_room", lambda *_: None)
     assert nitro_export.toolchain()
     return BuildRequest(model=str(checkpoint), precision="auto", backend="onnxruntime", out=tmp_path / "out")
 

@@ -416,3 +416,40 @@ def test_an_unreadable_pipe_is_no_traceback(bundle_folder: Path) -> None:
     command = f"{sys.executable} -m nitro_rt inspect {bundle_folder} --json | head -c 1"
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in answer.stderr
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of one record and one file that nothing names."""
+    root = tmp_path / "cache"
+    (root / "gates").mkdir(parents=True)
+    (root / "gates" / f"{'0' * 64}.json").write_text("{}")
+    (root / "engines" / "files").mkdir(parents=True)
+    (root / "engines" / "files" / f"{'1' * 64}.plan").write_bytes(bytes(3 << 20))
+    monkeypatch.setenv("NITRO_RT_CACHE", str(root))
+    return root
+
+
+def test_cache_lists_and_prunes(small_cache: Path, capsys: Capture) -> None:
+    assert main(["cache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["what", "size", "age", "last", "use"] and lines[1].startswith("gates  1 of them")
+    assert lines[2] == "1 files that nothing names, 3.0 MiB: nitro-rt cache prune removes them"
+    assert lines[3] == f"{small_cache}: 3.0 MiB, what is shared counted once"
+    assert main(["cache", "prune", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("would be removed: 0 things, and 1 files")
+    assert main(["cache", "prune", "--older-than", "30d", "--max-size", "1KB", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["removed"], told["unnamed_files"], told["freed_bytes"]) == ([], 1, 3 << 20)
+    assert main(["cache", "prune", "--max-size", "0B"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("removed: 1 things, and 0 files")
+    assert main(["cache", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == []
+
+
+@pytest.mark.parametrize(
+    "options", [["--older-than", "30"], ["--older-than", "a month"], ["--max-size", "20"], ["--max-size", "-1GB"]]
+)
+def test_wrong_ages_and_sizes_exit_2(options: list[str], small_cache: Path, capsys: Capture) -> None:
+    assert main(["cache", "prune", *options]) == 2
+    assert "such as" in capsys.readouterr().err
