@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,6 +226,22 @@ def test_killed_at_any_moment_it_is_whole_or_absent(make_graphs: MakeGraphs, bac
         open_bundle(out).verify()
         assert nothing_left(out, cache)
     assert True in found  # killed after the publication, or before the older one was moved
+
+
+def test_killed_at_twenty_random_moments_the_cache_is_whole(
+    make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path
+) -> None:
+    """On one cache and one output folder, one kill after the other, as a user's machine sees them."""
+    graphs, out = make_graphs(), tmp_path / "engines" / "bundle"
+    shares = [f"{random.Random(seed).uniform(0, 1.1):.3f}" for seed in range(20)]
+    process = child(graphs, out, cache, "copy", "--kill-after", ",".join(shares))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    found = [line.split() for line in output.splitlines()]
+    assert len(found) == 20 and sum(how == "killed" for how, _ in found) >= 10
+    assert int(found[-1][1]) > 10, "engines of many of these builds were finished and stay"
+    result = bundle_from_graphs(graphs, out, load_backend("openvino"), cache)
+    assert open_bundle(out).manifest == result.manifest and nothing_left(out, cache)
 
 
 def test_a_full_disk_is_said_and_nothing_is_published(make_graphs: MakeGraphs, cache: EngineCache, tmp_path: Path) -> None:
