@@ -53,7 +53,10 @@ def device_errors(doing: str) -> Iterator[None]:
 
 def _error(doing: str, code: str, message: str) -> NitroError:
     if code in _STICKY:
-        return DeviceLost(f"the GPU failed while {doing} ({message}); nothing more runs in this process's CUDA context")
+        return DeviceLost(
+            f"the GPU failed while {doing} ({message}); nothing more runs in this process's CUDA context. Start the process "
+            "again, as CUDA's documentation asks for after this error"
+        )
     if code.startswith("CUDA_ERROR_STREAM_CAPTURE"):
         return CaptureError(f"{doing} is not allowed while a CUDA graph is captured ({message})")
     if code == "CUDA_ERROR_OUT_OF_MEMORY":

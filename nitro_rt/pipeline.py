@@ -30,7 +30,7 @@ MAX_QUEUE = 64
 
 
 class ComputeTypeDiffers(UserWarning):
-    """The backend computes in another type on this machine than on the one that built the bundle."""
+    """The bundle runs otherwise here than it was built to: in another number type, or on a GPU without its CUDA graph."""
 
 
 class Pipeline:
