@@ -6,6 +6,7 @@ Shapes: N rows, K numbers in a row, C input channels, O output channels.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from nitro_export.quantise.smooth import ALPHAS, exponents
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the largest magnitude that are tried as the range."""
+STANDS_OUT_DB = 3.0
+"""Below the median of its stage: twice the noise of an ordinary layer."""
 SILENCE_DB = 200.0
 """Of an output without any noise; JSON knows no infinity."""
 
@@ -86,12 +89,15 @@ def sensitive(
 ) -> dict[str, KeptLayer]:
     """Which layers of one stage stay as they are, and why.
 
-    Too small ones stay whatever they cost; of the others, those under `min_sqnr_db`, worst first, while the budget lasts.
+    Too small ones stay whatever they cost; of the others, those under `min_sqnr_db` that also stand out, worst first, while
+    the budget lasts. Where all layers are alike, the picture would hardly gain by any of them.
     """
     kept = {layer.name: _kept(layer, "small") for layer in layers if layer.share < min_share}
+    found = [layer.sqnr_db for layer in layers if layer.name not in kept]
+    bar_db = min(min_sqnr_db, statistics.median(found) - STANDS_OUT_DB) if found else min_sqnr_db
     budget = max_kept_share
     for layer in sorted(layers, key=lambda layer: (layer.sqnr_db, layer.name)):
-        if layer.sqnr_db >= min_sqnr_db:
+        if layer.sqnr_db >= bar_db:
             break
         if layer.name not in kept and layer.share <= budget:
             budget -= layer.share

@@ -84,7 +84,7 @@ def _found(name: str, sqnr: float, share: float) -> QuantisedLayer:
 
 def test_the_worst_stay_while_the_budget_lasts_and_small_ones_anyway() -> None:
     layers = [
-        _found("good", 40, 0.5),
+        *(_found(f"good {index}", 40, 0.1) for index in range(5)),
         _found("worst", 5, 0.08),
         _found("bad, too large", 6, 0.3),
         _found("bad", 10, 0.02),
@@ -93,3 +93,11 @@ def test_the_worst_stay_while_the_budget_lasts_and_small_ones_anyway() -> None:
     kept = sensitive(layers, min_sqnr_db=20, max_kept_share=0.1, min_share=1e-4)
     assert {name: layer.reason for name, layer in kept.items()} == {"tiny": "small", "worst": "sensitive", "bad": "sensitive"}
     assert kept["worst"].sqnr_db == 5 and kept["worst"].share == 0.08
+
+
+def test_where_all_are_alike_none_stays() -> None:
+    layers = [_found(f"layer {index}", 30 + index / 10, 0.05) for index in range(20)]
+    bounds = {"min_sqnr_db": 36.0, "max_kept_share": 0.1, "min_share": 1e-4}
+    assert sensitive(layers, **bounds) == {}
+    assert list(sensitive([*layers, _found("twice the noise", 27.8, 0.05)], **bounds)) == ["twice the noise"]
+    assert sensitive([*layers, _found("a little more", 28.1, 0.05)], **bounds) == {}
