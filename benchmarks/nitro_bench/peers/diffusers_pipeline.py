@@ -111,5 +111,6 @@ def compile_parts(pipe: Any, compiler: str, models: Path) -> None:
 def notes(device: str) -> list[str]:
     import torch
 
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    return [f"{where}; UNet and decoder channels last"]
+    num_threads = torch.get_num_threads()
+    threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+    return [f"{torch.cuda.get_device_name() if device == 'cuda' else threads}; UNet and decoder channels last"]
