@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from nitro_bench import svg
-from nitro_bench.bench_markdown import ceiling, ms, ratio, share
+from nitro_bench.bench_markdown import ceiling, ms, psnr, ratio, share
 from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, Run
 from nitro_bench.markup import cards, element, table
 
@@ -92,8 +92,8 @@ def peers(report: BenchReport) -> str:
         if timed:
             spread = max(row.values[0] for row in rows) / min(row.values[0] for row in rows)
             chart = svg.bars(rows, "ms", f"Median call of every side: {run.subject.id}", log=spread > 30)
-            ratios = [(peer.title, ratio(peer.ratio), str(len(peer.ours_ms))) for peer in timed]
-            charts.append((run.subject.id, chart + table(("ours / theirs", "95 % interval", "pairs"), ratios)))
+            ratios = [(peer.title, ratio(peer.ratio), psnr(peer), str(len(peer.ours_ms))) for peer in timed]
+            charts.append((run.subject.id, chart + table(("ours / theirs", "95 % interval", "PSNR dB", "pairs"), ratios)))
     absent = [(f"{peer.title}, {peer.subject}", peer.reason) for peer in report.peers if peer.status != "timed"]
     told = "<details open><summary>Not timed</summary>" + table((), absent, "words") + "</details>" if absent else ""
     return cards(charts) + told
@@ -128,29 +128,40 @@ def _start_parts(start: ColdStart) -> list[float]:
 
 
 def footprint(report: BenchReport) -> str:
-    charts = []
-    for heading, ours, theirs in (
-        ("Peak host memory", "peak_rss_bytes", "peak_rss_bytes"),
-        ("Peak device memory", "device_peak_bytes", "device_peak_bytes"),
-        ("Model on disk", "", "model_bytes"),
-    ):
-        rows = []
-        for run in report.runs:
-            value = getattr(run, ours) if ours else run.subject.num_bytes
-            if value is not None:
-                rows.append(svg.Series(label=f"nitro-rt, {run.subject.id}", values=[value / MIB]))
-        seen = set()
-        for peer in report.peers:
-            value = getattr(peer, theirs)
-            if value is not None and (peer.title, value) not in seen:
-                seen.add((peer.title, value))
-                rows.append(svg.Series(label=f"{peer.title}", values=[value / MIB], colour=7))
-        charts.append((heading, svg.bars(rows, "MiB", heading) if rows else ""))
-    packages = [svg.Series(label="nitro-rt", values=[report.installed_bytes / MIB])] if report.installed_bytes else []
-    sizes = {peer.title: peer.installed_bytes for peer in report.peers if peer.installed_bytes}
-    packages += [svg.Series(label=title, values=[size / MIB], colour=7) for title, size in sizes.items()]
-    charts.append(("Installed packages", svg.bars(packages, "MiB", "Installed packages") if packages else ""))
-    return cards(charts)
+    memory = {run.subject.id: run.peak_rss_bytes for run in report.runs}
+    device = {run.subject.id: run.device_peak_bytes for run in report.runs}
+    disk = {run.subject.bundle: run.subject.num_bytes for run in report.runs}  # step counts of one bundle share its files
+    return cards(
+        [
+            ("Peak host memory", _sizes("Peak host memory", memory, _of_peers(report, "peak_rss_bytes"))),
+            ("Peak device memory", _sizes("Peak device memory", device, _of_peers(report, "device_peak_bytes"))),
+            ("Model on disk", _sizes("Model on disk", disk, _of_peers(report, "model_bytes"))),
+            (
+                "Installed packages",
+                _sizes("Installed packages", {"": report.installed_bytes}, _of_peers(report, "installed_bytes")),
+            ),
+        ]
+    )
+
+
+def _of_peers(report: BenchReport, field: str) -> dict[str, int]:
+    """Peer -> the most that it took beside any subject."""
+    found: dict[str, int] = {}
+    for peer in report.peers:
+        value = getattr(peer, field)
+        if value is not None:
+            found[peer.title] = max(value, found.get(peer.title, 0))
+    return found
+
+
+def _sizes(title: str, ours: Mapping[str, int | None], theirs: Mapping[str, int]) -> str:
+    rows = [
+        svg.Series(label=f"nitro-rt, {name}" if name else "nitro-rt", values=[value / MIB])
+        for name, value in ours.items()
+        if value is not None
+    ]
+    rows += [svg.Series(label=name, values=[value / MIB], colour=7) for name, value in theirs.items()]
+    return svg.bars(rows, "MiB", title) if rows else ""
 
 
 def throughput(report: BenchReport) -> str:
@@ -181,7 +192,7 @@ def roofline(report: BenchReport) -> str:
                 colour=index,
             )
             for index, work in enumerate(run.work)
-            if work.flops and work.io_bytes
+            if work.flops and work.io_bytes and work.measured_ms
         ]
         used = {dtype for work in run.work for dtype in work.flops_by_dtype}
         roofs = {name: rate for name, rate in rates.items() if name in used}

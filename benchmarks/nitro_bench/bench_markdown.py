@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, Run
+from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, PeerRun, Run
 from nitro_bench.ceilings import Ceiling
 from nitro_bench.samples import Ratio, Summary
 from nitro_bench.telemetry import MachineState
@@ -55,6 +55,11 @@ def ms(value: float | None) -> str:
 
 def mib(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / MIB:,.0f}"
+
+
+def psnr(peer: PeerRun) -> str:
+    """Of its picture against ours."""
+    return "not comparable" if peer.psnr_db is None else f"{peer.psnr_db:.1f}"
 
 
 def share(value: float | None) -> str:
@@ -138,7 +143,7 @@ def _peers(report: BenchReport) -> str:
             peer.subject,
             peer.title,
             peer.compute_dtype,
-            "not comparable" if peer.psnr_db is None else f"{peer.psnr_db:.1f}",
+            psnr(peer),
             ms(peer.summary.p50) if peer.summary else "-",
             ratio(peer.ratio),
             str(len(peer.ours_ms)),

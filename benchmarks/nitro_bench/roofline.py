@@ -8,9 +8,10 @@ On a small model caches do hold operands, so that figure can be beaten; the firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nitro_bench.cards import Card
 from nitro_bench.ceilings import Ceiling
@@ -19,6 +20,7 @@ from nitro_rt.bundle import Bundle
 from nitro_rt.manifest import Engine
 
 QUANTISED = ("int8", "fp8")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class StageWork:
     """One stage of one image call: its work, its floor here, and what was measured."""
 
     stage: str
-    """text, denoise, decode."""
+    """text, denoise, decode; device for all three, where a GPU times them as one."""
     runs: int
     """Times that the graph runs for a call: the denoiser's number of steps. All counts below are for the whole call."""
     flops: int | None
@@ -50,8 +52,8 @@ class StageWork:
     floor_ms: float | None
     operator_floor_ms: float | None
     bound: str
-    measured_ms: float
-    """Median."""
+    measured_ms: float | None
+    """Median; None where a device tells only the whole."""
     achieved_share: float | None
     """`floor_ms` over `measured_ms`: 1 would be perfect."""
     note: str
@@ -105,22 +107,50 @@ def stage_works(
 
     Args:
         compute_dtypes: stage -> what its engine computes in here.
-        measured_ms: stage -> median; a stage without one (a device that tells only the whole) is left out.
+        measured_ms: stage -> median.
     """
     rates = {ceiling.kind: ceiling.per_s for ceiling in ceilings}
-    found = []
-    for stage, work in works.items():
-        if stage in measured_ms:
-            runs = num_steps if stage == "denoise" else 1
-            found.append(_stage_work(stage, work, runs, rates, compute_dtypes.get(stage, ""), measured_ms[stage]))
+    found = [
+        _stage_work(stage, work, _runs(stage, num_steps), rates, compute_dtypes.get(stage, ""), measured_ms.get(stage))
+        for stage, work in works.items()
+    ]
+    if "device" in measured_ms:
+        found.append(_whole(found, measured_ms["device"]))
     return tuple(found)
+
+
+def _runs(stage: str, num_steps: int) -> int:
+    return num_steps if stage == "denoise" else 1
+
+
+def _whole(parts: Sequence[StageWork], measured_ms: float) -> StageWork:
+    """All stages as one, for a device that times them so; its floor is the sum of theirs."""
+    floor_ms = _sum(part.floor_ms for part in parts)
+    by_dtype: dict[str, int] = {}
+    for part in parts:
+        for dtype, flops in part.flops_by_dtype.items():
+            by_dtype[dtype] = by_dtype.get(dtype, 0) + flops
+    return StageWork(
+        stage="device",
+        runs=1,
+        flops=_sum(part.flops for part in parts),
+        flops_by_dtype=by_dtype,
+        io_bytes=_sum(part.io_bytes for part in parts),
+        operator_bytes=_sum(part.operator_bytes for part in parts),
+        floor_ms=floor_ms,
+        operator_floor_ms=_sum(part.operator_floor_ms for part in parts),
+        bound="" if floor_ms is None else "sum",
+        measured_ms=measured_ms,
+        achieved_share=None if floor_ms is None else floor_ms / measured_ms,
+        note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
+    )
 
 
 def predict(works: Mapping[str, Work | str], num_steps: int, card: Card) -> Prediction:
     """The floors on `card`, in the types that the graphs themselves have."""
     rates: dict[str, float | None] = {dtype: tera * 1e12 for dtype, tera in card.tera_per_s.items()}
     rates["copy"] = card.gigabytes_per_s * 1e9
-    floors = {stage: _floor(work, num_steps if stage == "denoise" else 1, rates, "") for stage, work in works.items()}
+    floors = {stage: _floor(work, _runs(stage, num_steps), rates, "") for stage, work in works.items()}
     return Prediction(
         card=card.name,
         source=card.source,
@@ -145,7 +175,7 @@ def _count(bundle: Bundle, engine: Engine) -> Work | str:
 
 
 def _stage_work(
-    stage: str, work: Work | str, runs: int, rates: Mapping[str, float | None], compute_dtype: str, measured_ms: float
+    stage: str, work: Work | str, runs: int, rates: Mapping[str, float | None], compute_dtype: str, measured_ms: float | None
 ) -> StageWork:
     floor = _floor(work, runs, rates, compute_dtype)
     by_dtype: dict[str, int] = {}
@@ -153,7 +183,6 @@ def _stage_work(
         for dtype, flops in work.flops_by("dtype").items():
             name = executed(dtype, compute_dtype)
             by_dtype[name] = by_dtype.get(name, 0) + runs * flops
-    counted = isinstance(work, Work)
     return StageWork(
         stage=stage,
         runs=runs,
@@ -165,7 +194,7 @@ def _stage_work(
         operator_floor_ms=floor.operator_floor_ms,
         bound=floor.bound,
         measured_ms=measured_ms,
-        achieved_share=floor.floor_ms / measured_ms if counted and floor.floor_ms is not None else None,
+        achieved_share=None if floor.floor_ms is None or measured_ms is None else floor.floor_ms / measured_ms,
         note=floor.note,
     )
 
@@ -194,18 +223,22 @@ def _floor(work: Work | str, runs: int, rates: Mapping[str, float | None], compu
     )
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
-    found = list(values)
-    return None if None in found else sum(value for value in found if value is not None)
+def _sum(values: Iterable[Number | None]) -> Number | None:
+    """None as soon as one is missing."""
+    total: Number | None = None
+    for value in values:
+        if value is None:
+            return None
+        total = value if total is None else total + value
+    return total
 
 
 def sentences(works: Iterable[StageWork]) -> Iterator[str]:
     """One line per stage, for people."""
     for work in works:
-        if work.flops is None or work.floor_ms is None or work.achieved_share is None:
-            yield f"{work.stage}: {work.measured_ms:.2f} ms; no floor: {work.note}"
-        else:
-            yield (
-                f"{work.stage}: {work.flops / 1e9:.2f} GFLOP, floor {work.floor_ms:.2f} ms ({work.bound}), measured "
-                f"{work.measured_ms:.2f} ms: {work.achieved_share:.0%} of what the machine can do"
-            )
+        measured = "not timed alone" if work.measured_ms is None else f"measured {work.measured_ms:.2f} ms"
+        if work.flops is None or work.floor_ms is None:
+            yield f"{work.stage}: {measured}; no floor: {work.note}"
+            continue
+        share = "" if work.achieved_share is None else f": {work.achieved_share:.0%} of what the machine can do"
+        yield f"{work.stage}: {work.flops / 1e9:.2f} GFLOP, floor {work.floor_ms:.2f} ms ({work.bound}), {measured}{share}"

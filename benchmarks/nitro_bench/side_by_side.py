@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nitro_bench import pairing, timing
-from nitro_bench.bench import BenchConfig, open_cases
+from nitro_bench.bench_config import BenchConfig
+from nitro_bench.checking import open_cases
 from nitro_bench.compare import JUDGED_SHARE, NOT_JUDGED, Comparison, Line, verdict_of
 from nitro_bench.intervals import paired
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Drawn, PeerProcess

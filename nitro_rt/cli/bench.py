@@ -64,7 +64,8 @@ def command(
     if force and report_folder is None:
         raise ConfigError("--force replaces a report, and none is written; say where to: --report DIR")
     with needs_extra("bench"):
-        from nitro_bench.bench import BenchConfig, measure
+        from nitro_bench.bench import measure
+        from nitro_bench.bench_config import BenchConfig
         from nitro_bench.bench_markdown import markdown
         from nitro_bench.publish import ReportFolder, write_text
 

@@ -10,7 +10,8 @@ import fake_peer
 import numpy as np
 import pytest
 
-from nitro_bench.bench import BenchConfig, measure
+from nitro_bench.bench import measure
+from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.peer import Peer
 from nitro_bench.peers.registry import PEERS
@@ -115,7 +116,7 @@ def with_peers(little_bundle: Path, checkpoint: Path, picture: Path) -> BenchRep
     patch = pytest.MonkeyPatch()
     patch.setattr("nitro_bench.ceilings.COPY_BYTES", 1 << 20)
     patch.setattr("nitro_bench.ceilings.MAX_SECONDS", 0.01)
-    patch.setattr("nitro_bench.bench.MAX_PAIRS", 7)
+    patch.setattr("nitro_bench.rounds.MAX_PAIRS", 7)
     registry = peers_of(picture)
     config = config_of(
         little_bundle, peers=tuple(registry), registry=registry, checkpoint=checkpoint, processes=1, images=6, concurrency=(1,)
@@ -137,7 +138,7 @@ def test_a_peer_that_draws_the_same_is_timed_in_turns(with_peers: BenchReport) -
 def test_a_peer_that_cannot_draw_the_same_says_why_and_is_timed(
     little_bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nitro_bench.bench.MAX_PAIRS", 6)
+    monkeypatch.setattr("nitro_bench.rounds.MAX_PAIRS", 6)
     registry = {"fake": dataclasses.replace(FAKE, options={"differs": "another schedule"})}
     lines: list[str] = []
     config = config_of(little_bundle, peers=("fake",), registry=registry, checkpoint=checkpoint, processes=1, concurrency=(1,))
@@ -195,7 +196,7 @@ def test_two_bundles_of_one_name_are_refused(little_bundle: Path) -> None:
 
 
 def test_every_side_gets_the_noise_of_its_seed(little_bundle: Path, tmp_path: Path) -> None:
-    from nitro_bench.bench import open_cases
+    from nitro_bench.checking import open_cases
 
     (case,) = open_cases(config_of(little_bundle, steps=(2,)), tmp_path)
     drawing = case.draw_request()

@@ -9,7 +9,7 @@ import bench_reports
 import numpy as np
 import pytest
 
-from nitro_bench.bench import BenchConfig
+from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.compare import Comparison
 from nitro_rt.cli import main

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nitro_bench.cards import CARDS, card_of
+from nitro_bench.cards import CARDS, card_of, ceilings_of_gpu
 from nitro_bench.ceilings import Ceiling, better_of, measure_ceilings
 from nitro_bench.flops import Operator, Work
 from nitro_bench.roofline import count_stages, predict, sentences, stage_works
@@ -57,7 +57,25 @@ def test_no_floor_without_a_ceiling_or_a_count_and_it_is_said() -> None:
     )
     assert unknown.floor_ms is None and unknown.note == "no ceiling is known for fp8"
     assert uncounted.flops is None and uncounted.note == "a plan"
-    assert list(sentences([uncounted])) == ["decode: 1.00 ms; no floor: a plan"]
+    assert list(sentences([uncounted])) == ["decode: measured 1.00 ms; no floor: a plan"]
+
+
+def test_a_device_that_times_the_whole_is_judged_by_the_whole() -> None:
+    works = {"text": work(1_000_000, 10), "denoise": work(1_000_000, 10), "decode": work(2_000_000, 10)}
+    *parts, whole = stage_works(works, 2, CEILINGS, {}, {"device": 10.0})
+    assert [part.measured_ms for part in parts] == [None] * 3 and [part.achieved_share for part in parts] == [None] * 3
+    assert (whole.stage, whole.flops, whole.floor_ms, whole.achieved_share) == ("device", 5_000_000, 5.0, 0.5)
+    *_, unknown = stage_works(works | {"text": "a plan"}, 2, CEILINGS, {}, {"device": 10.0})
+    assert unknown.flops is None and unknown.floor_ms is None and unknown.note == "a plan"
+    assert list(sentences(parts))[0] == "text: 0.00 GFLOP, floor 1.00 ms (compute), not timed alone"
+
+
+def test_a_gpu_at_hand_is_known_by_its_driver_s_name() -> None:
+    found = {rate.kind: rate for rate in ceilings_of_gpu("NVIDIA H100 80GB HBM3")}
+    assert found["float16"].per_s == 989.4e12 and found["copy"].per_s == 3350e9 and "H100 SXM5" in found["copy"].by
+    assert ceilings_of_gpu("NVIDIA L4")[0].by.endswith("NVIDIA L4") and ceilings_of_gpu("NVIDIA L40S")[0].by.endswith("L40S")
+    assert ceilings_of_gpu("NVIDIA GeForce RTX 4090")[0].by.endswith("RTX 4090")
+    assert ceilings_of_gpu("NVIDIA GeForce GTX 750") == ()
 
 
 def test_a_card_s_floor_of_the_full_size_decoder() -> None:

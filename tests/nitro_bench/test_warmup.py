@@ -21,11 +21,11 @@ class Machine:
 
 
 def test_it_ends_when_two_windows_agree() -> None:
-    machine = Machine([50, 30, 20, 19.9, 10])
+    machine = Machine([50, 30, 20, 19.4, 19.3, 10])
     found = warm_up(machine.draw, first_image_ms=100)
-    assert found.stable and found.num_images == 4 * WINDOW
-    assert found.last_change == pytest.approx(0.005)
-    assert machine.windows == [WINDOW] * 4
+    assert found.stable and found.num_images == 5 * WINDOW
+    assert found.last_change == pytest.approx(0.1 / 19.4)
+    assert machine.windows == [WINDOW] * 5
 
 
 def test_it_gives_up_at_the_cap_and_says_so() -> None:

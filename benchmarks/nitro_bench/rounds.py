@@ -1,0 +1,106 @@
+"""The counted rounds of one subject: our fresh processes, each followed by its turns with every peer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nitro_bench import pairing, samples, timing
+from nitro_bench.bench_config import MAX_PAIRS, PAIR_SECONDS, BenchConfig, Report
+from nitro_bench.bench_report import PeerRun, Process, Throughput
+from nitro_bench.checking import Checked
+from nitro_bench.checkpoints import folder_bytes
+from nitro_bench.footprint import peer_bytes
+from nitro_bench.peer import Memory, PeerFailed
+from nitro_bench.subject import OURS
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """What the processes of one subject measured."""
+
+    processes: list[Process]
+    throughput: tuple[Throughput, ...]
+    memory: Memory
+
+
+class Rounds:
+    """Runs them."""
+
+    def __init__(self, checked: Checked, config: BenchConfig, report: Report) -> None:
+        self._checked, self._config, self._report = checked, config, report
+        self._num_images = config.images_for(checked.image_ms)
+        self._num_processes = config.processes_for(checked.start_s, self._num_images)
+        self._pairs: dict[str, list[pairing.Pairs]] = {tried.peer.name: [] for tried in checked.tried}
+        self._starts: dict[str, list[timing.Started]] = {tried.peer.name: [] for tried in checked.tried}
+        self._memory: dict[str, Memory] = {}
+        self._failed: dict[str, str] = {}
+
+    def run(self) -> tuple[Timed, list[PeerRun]]:
+        """Raises: PeerFailed if our own process fails."""
+        case, config = self._checked.case, self._config
+        load, draw = case.load_request(case.bundle.folder, OURS), case.draw_request()
+        processes: list[Process] = []
+        throughput: tuple[Throughput, ...] = ()
+        for number in range(self._num_processes):
+            started = timing.start(OURS, load, draw, config.timeout_s)
+            with started.process as process:
+                processes.append(timing.time_images(started, draw, self._share(number)))
+                self._report(f"{case.id}: process {number + 1} of {self._num_processes}: {_process_sentence(processes[-1])}")
+                memory = process.memory()
+                for tried in self._checked.tried:
+                    self._take_turns(started, tried)
+                if number == self._num_processes - 1:
+                    throughput = timing.throughput(process, draw, config.concurrency, self._checked.image_ms)
+        return Timed(processes=processes, throughput=throughput, memory=memory), self._peer_runs()
+
+    def _share(self, number: int) -> int:
+        """Images of one process; the first take what does not divide."""
+        each, rest = divmod(self._num_images, self._num_processes)
+        return each + (number < rest)
+
+    def _take_turns(self, ours: timing.Started, tried: pairing.Tried) -> None:
+        """One process of a peer beside one of ours. What fails is listed, and not tried again."""
+        peer, checked, draw = tried.peer, self._checked, self._checked.case.draw_request()
+        if peer.name in self._failed:
+            return
+        assert checked.checkpoint is not None
+        most = pairing.pairs_within(PAIR_SECONDS, checked.image_ms, tried.image_ms, MAX_PAIRS)
+        try:
+            theirs = timing.start(peer, checked.case.load_request(checked.checkpoint, peer), draw, self._config.timeout_s)
+            with theirs.process as process:
+                process.draw(draw, pairing.WARM_UP_IMAGES)
+                length = pairing.turn_length(checked.image_ms, tried.image_ms)
+                count = math.ceil(most / self._num_processes)
+                pairs = pairing.pairs_of(pairing.take_turns(ours.process, process, (draw, draw), count, length))
+                self._memory[peer.name] = process.memory()
+        except PeerFailed as exc:
+            if exc.name == OURS.name:
+                raise
+            self._failed[peer.name] = exc.reason
+            self._report(f"{checked.case.id}: {peer.name} is left out: {exc.reason}")
+            return
+        self._pairs[peer.name].append(pairs)
+        self._starts[peer.name].append(theirs)
+        found = samples.ratio_of(pairs.ours_ms, pairs.theirs_ms)
+        self._report(f"{checked.case.id}: beside {peer.name}: {found.median:.3f} of its time over {found.num_pairs} pairs")
+
+    def _peer_runs(self) -> list[PeerRun]:
+        checked, runs = self._checked, list(self._checked.failed)
+        for tried in checked.tried:
+            name = tried.peer.name
+            if name in self._failed:
+                runs.append(pairing.failed(checked.case.id, tried.peer, self._failed[name]))
+                continue
+            assert checked.checkpoint is not None
+            starts = [started.cold_start for started in self._starts[name]]
+            needs = peer_bytes(tried.peer)
+            size = folder_bytes(checked.checkpoint)
+            runs.append(pairing.timed(checked.case.id, tried, self._pairs[name], starts, self._memory[name], needs, size))
+        return runs
+
+
+def _process_sentence(process: Process) -> str:
+    median = samples.summary_of(process.total_ms).p50
+    state = "stable" if process.warm_up.stable else f"not stable (last change {process.warm_up.last_change:.0%})"
+    return f"first image after {process.cold_start.total_ms / 1e3:.2f} s, {state}, median {median:.2f} ms"
