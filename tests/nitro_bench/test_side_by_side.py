@@ -37,7 +37,7 @@ def test_every_common_subject_gets_a_line_per_stage(little_bundle: Path, other_b
         assert (line.cpu is not None) == (line.stage == "total")
 
 
-def test_a_slow_down_of_the_second_is_found(little_bundle: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_down_of_the_second_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = hand_made_bundle(tmp_path / "one-step", steps=(1,))
     draw = PeerProcess.draw
 
