@@ -17,6 +17,7 @@ EMOJI = Path(nitro_rt.__file__).parent / "models" / "nitro-emoji"
 CONVERT = """
 import json, pathlib, sys
 request = json.loads(sys.argv[1])
+assert request["limit_bytes"] > 2**28
 if request["fail"]:
     sys.exit("no luck")
 assert (pathlib.Path(request["checkpoint"]) / "unet" / "model.safetensors").is_file()
@@ -59,11 +60,13 @@ def test_a_changed_checkpoint_script_setting_or_pin_is_converted_anew(given: dic
     folders.add(converted(**given).folder)
     (tmp_path / "pins.txt").write_text("lib==1.1\n")
     folders.add(converted(**given).folder)
+    (tmp_path / "pins-no-deps.txt").write_text("other==2.0\n")
+    folders.add(converted(**given).folder)
     (tmp_path / "convert.py").write_text(CONVERT + "# newer\n")
     folders.add(converted(**given).folder)
     given["settings"]["more"] = 1
     folders.add(converted(**given).folder)
-    assert len(folders) == 5 and (tmp_path / "log").read_text() == "x" * 5
+    assert len(folders) == 6 and (tmp_path / "log").read_text() == "x" * 6
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_says_its_last_word(given: dict[str, Any]) -> None:

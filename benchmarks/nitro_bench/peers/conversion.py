@@ -22,6 +22,8 @@ from typing import Any
 from nitro_bench.peers.transformers4 import in_transformers_4_form
 
 FACTS_FILE = "conversion.json"
+MEMORY_SHARE = 0.85
+"""Of the machine's memory; a conversion that wants more fails, and not what else runs here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ def converted(models: Path, python: Path, script: Path, model: Path, settings: M
     Args:
         models: the folder that keeps conversions.
         python: the interpreter that converts.
-        script: is run with one JSON object, `settings` and `checkpoint`, `out`; prints a line of JSON last.
+        script: is run with one JSON object, `settings` and `checkpoint`, `out`, `limit_bytes`; prints a line of JSON last.
         model: the checkpoint's diffusers folder.
-        pins: the requirement file of the interpreter's environment; part of the key.
+        pins: the requirement file of the interpreter's environment, part of the key, as is its companion NAME-no-deps.txt.
     Raises: RuntimeError if the conversion fails, with its last line.
     """
     folder = models / _key(model, script, settings, pins)
@@ -58,7 +60,9 @@ def converted(models: Path, python: Path, script: Path, model: Path, settings: M
             out = Path(scratch) / "out"
             out.mkdir()
             checkpoint = in_transformers_4_form(model, Path(scratch) / "checkpoint")
-            told = _run(python, script, {**settings, "checkpoint": str(checkpoint), "out": str(out)})
+            limit_bytes = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            where = {"checkpoint": str(checkpoint), "out": str(out), "limit_bytes": limit_bytes}
+            told = _run(python, script, {**settings, **where})
             (out / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             _publish(out, folder)
     return Conversion(folder=folder, facts=json.loads(facts.read_text(encoding="utf-8")))
@@ -68,7 +72,8 @@ def _key(model: Path, script: Path, settings: Mapping[str, Any], pins: Path) -> 
     # By name, size and time: to read gigabytes for a digest would take longer than some conversions.
     files = sorted(path for path in model.rglob("*") if path.is_file())
     states = [[str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    texts = [path.read_text(encoding="utf-8") for path in (script, pins)]
+    no_deps = pins.with_name(f"{pins.stem}-no-deps.txt")
+    texts = [path.read_text(encoding="utf-8") for path in (script, pins, no_deps) if path.is_file()]
     whole = json.dumps([str(model), states, sorted(settings.items()), texts])
     return f"{model.name}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 

@@ -5,12 +5,15 @@ which is not installed there.
 """
 
 import json
+import resource
 import sys
 from pathlib import Path
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    # Of memory of its own; mapped files do not count. Past it the process fails, and not its neighbours.
+    resource.setrlimit(resource.RLIMIT_DATA, (request["limit_bytes"], request["limit_bytes"]))
     from importlib import metadata
 
     from optimum.commands.optimum_cli import main as optimum_cli  # type: ignore[import-not-found]

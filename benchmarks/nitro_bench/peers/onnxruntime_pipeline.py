@@ -54,7 +54,7 @@ class Adapter(PipelineAdapter):
             Path(sys.executable),
             EXPORT,
             Path(request["model"]),
-            {"dtype": SHORT[dtype], "limit_bytes": 0},
+            {"dtype": SHORT[dtype]},
             Path(options["pins"]),
         )
         settings = onnxruntime.SessionOptions()
