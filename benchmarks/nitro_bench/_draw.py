@@ -77,11 +77,12 @@ def shifted_scheduler(config: Any, shift: int) -> Any:
             self.original = self.timesteps
             self.timesteps = self.timesteps * shift // self.config.num_train_timesteps
 
-        def step(self, noise: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        # A pipeline hands its generator only to a step that names one; fresh noise would come from torch's global one.
+        def step(self, noise: Any, timestep: Any, sample: Any, generator: Any = None, return_dict: bool = True) -> Any:
             if self.step_index is None:
                 self._init_step_index(timestep)
             told, self.timesteps = self.timesteps, self.original
-            result = super().step(noise, timestep, *args, **kwargs)
+            result = super().step(noise, timestep, sample, generator=generator, return_dict=return_dict)
             self.timesteps = told
             return result
 

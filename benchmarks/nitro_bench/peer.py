@@ -77,7 +77,7 @@ class LoadRequest:
     steps: tuple[int, ...]
     """All step counts that will be asked for."""
     shift: int
-    """The schedule's shift, for `nitro_bench._draw.shifted_scheduler`."""
+    """The schedule's shift, for `nitro_bench.peers.shifted`."""
     work: str
     """A folder that exists, where the adapter may keep what it converts or exports. It lives as long as the benchmark."""
     options: dict[str, str]

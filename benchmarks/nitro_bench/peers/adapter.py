@@ -2,8 +2,7 @@
 
 An adapter is one file that defines a class `Adapter` with these methods. `serve` makes one, calls `import_libraries`, `load`
 and then `prepare` for each image, times what `prepare` returned, and speaks to the benchmark. An adapter may import
-`nitro_bench._draw` and other files of this folder as `nitro_bench.peers.x`, as long as these load no package that its
-environment lacks.
+other files of this folder, as `nitro_bench.peers.x`; when it is loaded it imports nothing else.
 """
 
 from __future__ import annotations
