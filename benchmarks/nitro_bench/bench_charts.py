@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from nitro_bench import svg
-from nitro_bench.bench_markdown import ceiling, ms, psnr, ratio, share
+from nitro_bench.bench_markdown import ms, psnr, ratio, share
 from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, Run
 from nitro_bench.markup import cards, element, table
 
@@ -172,11 +172,6 @@ def throughput(report: BenchReport) -> str:
         rows.append((run.subject.id, *(found.get(level, "-") for level in levels)))
     head = ("images a second", *(f"{level} thread{'s' * (level > 1)}" for level in levels))
     return cards([("", table(head, rows))]) if levels else ""
-
-
-def ceilings_sentence(report: BenchReport) -> str:
-    told = "; ".join(map(ceiling, report.ceilings))
-    return f"Counted work of each stage under the measured ceilings of this machine: {told}."
 
 
 def roofline(report: BenchReport) -> str:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from nitro_bench import bench_charts
-from nitro_bench.bench_markdown import busy_note, mib, ms, shown_stages, state_facts
+from nitro_bench.bench_markdown import busy_note, ceilings_sentence, mib, ms, shown_stages, state_facts
 from nitro_bench.bench_report import BenchReport, PeerRun
 from nitro_bench.markup import element, table
 from nitro_bench.samples import Summary
@@ -30,7 +30,7 @@ def html(report: BenchReport) -> str:
         ("From nothing to the first picture", "A fresh process with warm files.", bench_charts.starts(report)),
         ("Footprint", "", bench_charts.footprint(report)),
         ("Throughput", "Images a second when several threads call one pipeline.", bench_charts.throughput(report)),
-        ("Roofline", bench_charts.ceilings_sentence(report), bench_charts.roofline(report)),
+        ("Roofline", ceilings_sentence(report), bench_charts.roofline(report)),
         ("Predicted floors", PREDICTION_WORDS, _predictions(report)),
         ("All figures", "", _tables(report)),
         ("How it was measured", "", _rules(report)),
@@ -89,7 +89,7 @@ def _predictions(report: BenchReport) -> str:
         for found in run.predictions
     ]
     head = ("subject", "card", "floor ms", "operator by operator ms", "source")
-    return element("div", table(head, rows), "card") if rows else ""
+    return element("div", table(head, rows, "wrap"), "card") if rows else ""
 
 
 def _tables(report: BenchReport) -> str:

@@ -72,6 +72,18 @@ def ceiling(rate: Ceiling) -> str:
     return f"{rate.kind} {rate.per_s / 1e9:,.1f} {'GB/s' if rate.kind == 'copy' else 'GFLOP/s'} ({rate.by})"
 
 
+def ceilings_sentence(report: BenchReport) -> str:
+    """What the roofline stands on, and how far to trust it."""
+    told = "; ".join(map(ceiling, report.ceilings)) or "none are known"
+    shares = [work.achieved_share or 0.0 for run in report.runs for work in run.work]
+    doubt = (
+        " A share above 100 % says that the machine was busier when its ceilings were measured."
+        if max(shares, default=0.0) > 1
+        else ""
+    )
+    return f"Counted work of each stage under the ceilings of this machine: {told}.{doubt}"
+
+
 def shown_stages(run: Run) -> Iterator[tuple[str, Summary]]:
     """The stages in their order, then the whole, what is outside the engines, and processor time."""
     order = [*STAGES, *sorted(set(run.summary) - set(STAGES) - {"total", "outside_engines", "cpu"})]
@@ -222,9 +234,7 @@ def _roofline(report: BenchReport) -> str:
                 )
             )
     head = ("subject", "stage", "GFLOP", "MB", "floor ms", "bound by", "operator by operator ms", "measured ms", "achieved")
-    return "\n\n".join(
-        [f"Measured ceilings: {'; '.join(map(ceiling, report.ceilings))}.", table(head, rows), *dict.fromkeys(notes)]
-    )
+    return "\n\n".join([ceilings_sentence(report), table(head, rows), *dict.fromkeys(notes)])
 
 
 def _predictions(report: BenchReport) -> str:

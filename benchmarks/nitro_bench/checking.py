@@ -71,7 +71,7 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
     load, draw = case.load_request(case.bundle.folder, OURS), case.draw_request()
     started = timing.start(OURS, load, draw, config.timeout_s)
     with started.process as process:
-        drawn_BHWC, image_ms = pairing.drawn_by(process, draw, case.work / "ours.npy")
+        drawn_BHWC, image_ms = pairing.drawn_by(started, draw, case.work / "ours.npy")
         quality = verified(case, process, started.loaded, drawn_BHWC)
     report(f"{case.id}: {_quality_sentence(quality)}; about {image_ms:.1f} ms an image")
     tried: list[pairing.Tried] = []
@@ -100,8 +100,8 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
 
 def _try_peer(case: Case, peer: Peer, checkpoint: Path, ours: Loaded, ours_BHWC: Images, config: BenchConfig) -> pairing.Tried:
     started = timing.start(peer, case.load_request(checkpoint, peer), case.draw_request(), config.timeout_s)
-    with started.process as process:
-        theirs_BHWC, image_ms = pairing.drawn_by(process, case.draw_request(), case.work / f"{peer.name}.npy")
+    with started.process:
+        theirs_BHWC, image_ms = pairing.drawn_by(started, case.draw_request(), case.work / f"{peer.name}.npy")
     dtype = started.loaded.compute_dtype
     precisions = subject_of(case, ours).precisions.values()
     needed, found = None, None

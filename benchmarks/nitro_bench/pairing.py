@@ -14,7 +14,8 @@ import numpy as np
 from nitro_bench.bench_report import ColdStart, PeerRun
 from nitro_bench.peer import Drawn, DrawRequest, Loaded, Memory, Peer, PeerFailed, PeerProcess
 from nitro_bench.samples import ratio_of, summary_of
-from nitro_bench.timing import median_cold_start
+from nitro_bench.timing import Started, median_cold_start
+from nitro_bench.warmup import SLOW_MS
 from nitro_rt.quality import Images, limits_of, psnr_db
 
 PAUSE_S = 0.02
@@ -22,7 +23,8 @@ PAUSE_S = 0.02
 TURN_MS, MAX_TURN = 250.0, 10
 """A turn takes about so long, and has at most so many images: its median counts."""
 WARM_UP_IMAGES = 3
-"""Of the peer, before its first turn in a process; torch.compile and the like have worked at the first image already."""
+"""Before a side's first turn in a process, after its first image, at which torch.compile and the like have worked. One is
+enough where an image takes seconds."""
 MIN_PAIRS = 6
 RULE = (
     f"each side in processes of its own; ours and theirs take turns of about {TURN_MS:g} ms, at most {MAX_TURN} images, with "
@@ -99,10 +101,16 @@ def require_same_shape(peer: Peer, theirs_BHWC: Images, ours_BHWC: Images) -> No
         raise PeerFailed(peer.name, f"draws {list(theirs_BHWC.shape)}, ours is {list(ours_BHWC.shape)}; not timed")
 
 
-def drawn_by(process: PeerProcess, draw: DrawRequest, path: Path) -> tuple[Images, float]:
+def drawn_by(started: Started, draw: DrawRequest, path: Path) -> tuple[Images, float]:
     """The timed picture, [B, H, W, 3], and the median of a few images' milliseconds."""
-    times = process.draw(draw, WARM_UP_IMAGES, save=path).image_ms
-    return np.load(path), statistics.median(times)
+    image_ms = statistics.median(warm_images(started, draw, path).image_ms)
+    return np.load(path), image_ms
+
+
+def warm_images(started: Started, draw: DrawRequest, save: Path | None = None) -> Drawn:
+    """A few images after a process's first. Raises: PeerFailed."""
+    count = 1 if started.cold_start.first_image_ms > SLOW_MS else WARM_UP_IMAGES
+    return started.process.draw(draw, count, save)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ class Rounds:
         try:
             theirs = timing.start(peer, checked.case.load_request(checked.checkpoint, peer), draw, self._config.timeout_s)
             with theirs.process as process:
-                process.draw(draw, pairing.WARM_UP_IMAGES)
+                pairing.warm_images(theirs, draw)
                 length = pairing.turn_length(checked.image_ms, tried.image_ms)
                 count = math.ceil(most / self._num_processes)
                 pairs = pairing.pairs_of(pairing.take_turns(ours.process, process, (draw, draw), count, length))

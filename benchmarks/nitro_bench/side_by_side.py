@@ -19,7 +19,6 @@ from nitro_bench.compare import JUDGED_SHARE, NOT_JUDGED, Comparison, Line, verd
 from nitro_bench.intervals import paired
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Drawn, PeerProcess
 from nitro_bench.subject import OURS, Case, verified
-from nitro_bench.warmup import WINDOW
 from nitro_rt.errors import ConfigError
 
 CPU = "cpu"
@@ -85,7 +84,7 @@ def _verify(case: Case, report: Callable[[str], None]) -> float:
     draw = case.draw_request()
     started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
     with started.process as process:
-        drawn_BHWC, image_ms = pairing.drawn_by(process, draw, case.work / "picture.npy")
+        drawn_BHWC, image_ms = pairing.drawn_by(started, draw, case.work / "picture.npy")
         verified(case, process, started.loaded, drawn_BHWC)
     report(f"{case.id}: verified, about {image_ms:.1f} ms an image")
     return image_ms
@@ -96,7 +95,7 @@ def _start(case: Case) -> PeerProcess:
     draw = case.draw_request()
     started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
     try:
-        started.process.draw(draw, WINDOW)
+        pairing.warm_images(started, draw)
     except BaseException:
         started.process.close()
         raise

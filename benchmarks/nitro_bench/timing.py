@@ -59,7 +59,7 @@ def time_images(started: Started, draw: DrawRequest, num_images: int) -> Process
     """Warm up, then draw `num_images` in blocks with the yardstick before each. Raises: PeerFailed."""
     process, blocks = started.process, []
     warmed = warm_up(lambda count: process.draw(draw, count).image_ms, started.cold_start.first_image_ms)
-    per_block = images_per_block(statistics.median(process.draw(draw, 2).image_ms))
+    per_block = images_per_block(warmed.last_ms)
     yardsticks, left = [], num_images
     while left > 0:
         yardsticks.append(yardstick.measure())

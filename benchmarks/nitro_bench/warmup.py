@@ -28,6 +28,8 @@ class WarmUp:
     """False: the cap was reached first, and times may still be falling or the machine is unsteady."""
     last_change: float
     """Relative difference between the medians of the last two windows."""
+    last_ms: float
+    """Median of the last window."""
 
 
 def warm_up(draw: Callable[[int], Sequence[float]], first_image_ms: float) -> WarmUp:
@@ -45,4 +47,4 @@ def warm_up(draw: Callable[[int], Sequence[float]], first_image_ms: float) -> Wa
         found = statistics.median(draw(window))
         num_windows += 1
         last, change = found, abs(found / last - 1)
-    return WarmUp(num_images=num_windows * window, stable=change < TOLERANCE, last_change=change)
+    return WarmUp(num_images=num_windows * window, stable=change < TOLERANCE, last_change=change, last_ms=last)

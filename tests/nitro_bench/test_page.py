@@ -119,6 +119,15 @@ def test_a_busy_machine_is_told_first(full: BenchReport) -> None:
     assert markdown(busy).splitlines()[2].startswith("**The machine was busy** (load 9.5 on 8 cores")
 
 
+def test_a_ceiling_that_was_passed_is_doubted(full: BenchReport) -> None:
+    assert "says that the machine was busier" not in markdown(full)
+    run = full.runs[0]
+    work = dataclasses.replace(run.work[0], achieved_share=1.2)
+    doubtful = dataclasses.replace(full, runs=(dataclasses.replace(run, work=(work, *run.work[1:])),))
+    for text in (html(doubtful), markdown(doubtful)):
+        assert "A share above 100 % says that the machine was busier" in text
+
+
 def test_markdown_tables_are_whole(full: BenchReport) -> None:
     lines = markdown(full).splitlines()
     assert lines[0] == "# Benchmark: nitro-emoji, cpu, 2026-11-25"

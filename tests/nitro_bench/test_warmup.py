@@ -25,7 +25,7 @@ def test_it_ends_when_two_windows_agree() -> None:
     found = warm_up(machine.draw, first_image_ms=100)
     assert found.stable and found.num_images == 5 * WINDOW
     assert found.last_change == pytest.approx(0.1 / 19.4)
-    assert machine.windows == [WINDOW] * 5
+    assert machine.windows == [WINDOW] * 5 and found.last_ms == 19.3
 
 
 def test_it_gives_up_at_the_cap_and_says_so() -> None:
