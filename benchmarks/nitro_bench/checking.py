@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nitro_bench.subject import OURS, Case, subject_of, verified
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.quality import Images
+from nitro_rt.references import references_at
 
 
 def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
@@ -39,6 +41,22 @@ def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
             cases.append(Case(bundle=bundle, num_steps=num_steps, batch=batch, work=work))
     _require_distinct(cases)
     return cases
+
+
+def plan(config: BenchConfig) -> Iterator[str]:
+    """What would be timed beside what, one line each; nothing is drawn. Raises: as `open_cases`."""
+    with tempfile.TemporaryDirectory(prefix="nitro-bench-") as scratch:
+        cases = open_cases(config, Path(scratch))
+    for case in cases:
+        pictures = len(references_at(case.bundle, case.num_steps))
+        yield f"{case.id}: {case.bundle.backend}, batch {case.batch}, verified by {pictures} pictures of its parent"
+        if config.peers:
+            yield f"{case.id}: peers draw with {checkpoint_of(case.bundle, config.checkpoint)}"
+    for name in config.peers:
+        peer = config.registry[name]
+        state = "its environment is here" if peer.python.is_file() else f"its environment is not made: {peer.how_to_make}"
+        yield f"{name}: {peer.title}, {state}"
+    yield f"images: {config.images or 'up to 100, what fits into 5 minutes'}, in {config.processes or 'up to 5'} processes each"
 
 
 @dataclass(frozen=True, kw_only=True)

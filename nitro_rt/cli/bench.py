@@ -40,6 +40,7 @@ def numbers(text: str) -> tuple[int, ...]:
 )
 @click.option("--name", default="", help="Of the report's files.  [default: the model's name]")
 @click.option("--force", is_flag=True, help="Replace a report of the same name.")
+@click.option("--dry-run", is_flag=True, help="Check the bundles' files and say what would be timed.")
 def command(
     bundles: tuple[Path, ...],
     peers: str,
@@ -56,6 +57,7 @@ def command(
     report_folder: Path | None,
     name: str,
     force: bool,
+    dry_run: bool,
 ) -> None:
     """Verify what each BUNDLE draws, then time it: latencies, start, memory, throughput, roofline, peers.
 
@@ -67,6 +69,7 @@ def command(
         from nitro_bench.bench import measure
         from nitro_bench.bench_config import BenchConfig
         from nitro_bench.bench_markdown import markdown
+        from nitro_bench.checking import plan
         from nitro_bench.publish import ReportFolder, write_text
 
         config = BenchConfig(
@@ -84,6 +87,10 @@ def command(
             name=name,
             command=_typed(),
         )
+        if dry_run:
+            for line in plan(config):
+                click.echo(line)
+            return
         folder = None if report_folder is None else ReportFolder(report_folder, force=force)
         with progress("timing") as report:
             result = measure(config, report, before_timing=folder.require_free if folder else None)

@@ -52,6 +52,30 @@ def test_defaults_are_those_of_the_config(measured: list[BenchConfig]) -> None:
     assert measured == [plain]
 
 
+def test_a_dry_run_times_nothing(
+    measured: list[BenchConfig], little_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    words = [
+        "bench",
+        str(little_bundle),
+        "--peers",
+        "diffusers-cuda",
+        "--checkpoint",
+        str(tmp_path),
+        "--images",
+        "7",
+        "--dry-run",
+    ]
+    assert main(words) == 0 and not measured
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "little, 1 step, 32 px: reference, batch 2, verified by 1 pictures of its parent"
+    assert lines[1] == f"little, 1 step, 32 px: peers draw with {tmp_path}"
+    assert lines[-2].startswith("diffusers-cuda: diffusers on a GPU, eager, float16, its environment is ")
+    assert lines[-1] == "images: 7, in up to 5 processes each"
+    assert main(["bench", "absent", "--dry-run"]) == 1
+
+
 def test_a_report_folder_is_written_once(
     measured: list[BenchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
