@@ -26,6 +26,7 @@ from nitro_bench.peer import Memory
 from nitro_bench.rounds import Rounds, Timed
 from nitro_bench.subject import Case, subject_of
 from nitro_bench.telemetry import PACKAGE, MachineState, read_state
+from nitro_rt.device import find_driver
 from nitro_rt.errors import ConfigError
 
 
@@ -127,7 +128,9 @@ def _device(cases: Sequence[Case], state: MachineState) -> str:
         )
     if places == {False}:
         return "cpu"
-    return state.gpu.name if state.gpu else "gpu"
+    if state.gpu is not None:
+        return state.gpu.name
+    return next((gpu.name for gpu in find_driver().gpus), "gpu")
 
 
 def _device_memory_note(case: Case, memory: Memory) -> str:

@@ -6,16 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_reports
 import fake_peer
 import numpy as np
 import pytest
 
+from nitro_bench import bench
 from nitro_bench.bench import measure
 from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_report import BenchReport
+from nitro_bench.checking import open_cases
 from nitro_bench.peer import Peer
 from nitro_bench.peers.registry import PEERS
 from nitro_rt.bundle import open_bundle
+from nitro_rt.device import Driver, Gpu
 from nitro_rt.errors import BundleError, ConfigError, EngineMismatch, ModelNotFound
 from nitro_rt.noise import draw_noise
 from nitro_rt.pipeline import Pipeline
@@ -196,9 +200,19 @@ def test_two_bundles_of_one_name_are_refused(little_bundle: Path) -> None:
 
 
 def test_every_side_gets_the_noise_of_its_seed(little_bundle: Path, tmp_path: Path) -> None:
-    from nitro_bench.checking import open_cases
-
     (case,) = open_cases(config_of(little_bundle, steps=(2,)), tmp_path)
     drawing = case.draw_request()
     assert drawing.prompts == ("a red apple",) and drawing.seed == 20_000
     assert np.array_equal(np.load(drawing.noise), draw_noise(20_000, 2, 1, 1, (4, 4, 4)))
+
+
+def test_one_report_is_of_one_device(little_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = open_cases(config_of(little_bundle, steps=(1, 2)), tmp_path)
+    assert bench._device(cases, bench_reports.STATE) == "cpu"
+    monkeypatch.setattr("nitro_bench.subject.DEVICE_BACKENDS", ("reference",))
+    driver = Driver(found=True, cuda_version="13.0", gpus=(Gpu(name="NVIDIA L4", target="sm89"),), reason="")
+    monkeypatch.setattr(bench, "find_driver", lambda: driver)
+    assert bench._device(cases, bench_reports.STATE) == "NVIDIA L4"
+    monkeypatch.setattr(type(cases[0]), "on_gpu", property(lambda case: case.num_steps == 1))
+    with pytest.raises(ConfigError, match="some on the processor; one report is of one device"):
+        bench._device(cases, bench_reports.STATE)
