@@ -85,7 +85,7 @@ class QuantisationRecipe:
     prompts_sha256: str
     """Of the prompts, one per line."""
     min_sqnr_db: float
-    """Layers under it, and 3 dB under the median of their stage, stay as they are, worst first, ..."""
+    """Layers under it, and 2.75 dB under the median of their stage, stay as they are, worst first, ..."""
     max_kept_share: float
     """... as long as no more than this share of a stage's multiplications stays."""
     min_share: float

@@ -20,8 +20,9 @@ from nitro_export.quantise.smooth import ALPHAS, exponents
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the largest magnitude that are tried as the range."""
-STANDS_OUT_DB = 3.0
-"""Below the median of its stage: twice the noise of an ordinary layer."""
+STANDS_OUT_DB = 2.75
+"""Below the median of its stage: almost twice the noise of an ordinary layer. With 3 dB two layers of nitro-emoji's denoiser
+less stay, and of 640 pictures the worst falls from 34.7 to 26.9 dB."""
 SILENCE_DB = 200.0
 """Of an output without any noise; JSON knows no infinity."""
 
