@@ -20,6 +20,7 @@ from nitro_engines.files import free_mib
 from nitro_engines.host import available_bytes
 from nitro_engines.quantisation import MAX_CALIBRATION_PX, QUANTISED, calibration_batch
 from nitro_export.export import PARITY_BYTES
+from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BuildError
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ TRACE = 24 << 10
 """Per weight tensor of the UNet: its part of the trace and of the graph."""
 LIBRARIES = 130 * MIB
 """Mapped code of torch, or of the TensorRT-RTX compiler."""
+BUILT_WHERE_THEY_RUN = ("tensorrt",)
+"""GPU backends whose engines the gate runs themselves."""
 COMPILER = 230 * MIB
-"""TensorRT-RTX without a network."""
+"""TensorRT-RTX without a network. TensorRT's own was not measured and is taken to be the same."""
 COMPILER_COPIES = {"text": 1.4, "denoise": 1.95, "decode": 1.95}
 """TensorRT-RTX holds the weights that it read and the plan that it writes; embedding tables are not held twice."""
 GRAPH = {"text": 60 * MIB, "denoise": 350 * MIB, "decode": 40 * MIB}
@@ -170,7 +173,7 @@ def plan_memory(
     Args:
         precision: fp32, fp16, bf16, int8 or fp8.
         num_steps: the step counts that the bundle serves.
-        backend: openvino, onnxruntime or tensorrt-rtx.
+        backend: openvino, onnxruntime, tensorrt or tensorrt-rtx.
         compute_dtype: what the backend computes in on its target.
         cache_root: where files are written.
         exported: the graphs are in the cache already.
@@ -185,7 +188,7 @@ def plan_memory(
     floats = {stage: count * WEIGHT_BYTES["fp16" if quantised else precision] for stage, count in numbers.items()}
     weights = {stage: count if quantised and stage != "text" else floats[stage] for stage, count in numbers.items()}
     activations = activation_numbers(checkpoint, size_px=size_px, batch=batch)
-    runs_here = backend != "tensorrt-rtx"
+    on_cpu = backend not in RUNTIMES
     width = FLOAT_BYTES[compute_dtype]
     steps: list[Step] = []
     if not exported:
@@ -198,9 +201,9 @@ def plan_memory(
         steps.append(_parent("drawing the references", networks, activations))
     to_build = [stage for stage in ("text", *(f"denoise/{count}" for count in num_steps), "decode") if stage not in built]
     steps += [_build(backend, stage, weights) for stage in to_build]
-    if runs_here or gated:
+    if on_cpu or (gated and backend not in BUILT_WHERE_THEY_RUN):
         # Where the bundle's own engines cannot run here, the gate runs its graphs on OpenVINO.
-        steps.append(_run(backend, numbers, weights, activations, width if runs_here else 4, precision))
+        steps.append(_run(backend, numbers, weights, activations, width if on_cpu else 4, precision))
     return MemoryForecast(
         weight_bytes=weights,
         activation_bytes={stage: count * width for stage, count in activations.items()},
@@ -208,8 +211,8 @@ def plan_memory(
         disk_bytes=_disk(checkpoint, floats, weights, backend, to_build, cache_root, exported),
         available_bytes=available_bytes() if available is None else available,
         free_disk_bytes=free_mib(cache_root) * MIB,
-        gpu_bytes=None if runs_here else sum(weights.values()) + max(activations.values()) * width * 2,
-        targets=() if runs_here else targets,
+        gpu_bytes=None if on_cpu else sum(weights.values()) + max(activations.values()) * width * 2,
+        targets=() if on_cpu else targets,
     )
 
 
@@ -310,7 +313,7 @@ def _parent(name: str, networks: Mapping[str, _Network], activations: Mapping[st
 
 def _build(backend: str, stage: str, weights: Mapping[str, int]) -> Step:
     kind = stage.partition("/")[0]
-    if backend == "tensorrt-rtx":
+    if backend in RUNTIMES:
         held = COMPILER + int(COMPILER_COPIES[kind] * weights[kind])
         return Step(name=f"compiling {stage}", held_bytes=held, mapped_bytes=LIBRARIES + weights[kind])
     return Step(name=f"checking {stage}", held_bytes=INTERPRETER + GRAPH[kind] // 3)  # both map the weights and read none
@@ -351,7 +354,7 @@ def _disk(
         same_type = 0.9 * stored < total < 1.1 * stored
         new += (0 if linked else stored) if same_type else total
         new += sum(weights[stage] for stage in PARTS if weights[stage] != floats[stage])
-    if backend == "tensorrt-rtx":
+    if backend in RUNTIMES:
         new += sum(weights[stage.partition("/")[0]] for stage in to_build)
     return new
 

@@ -195,7 +195,7 @@ def forecast(
                 targets=request.targets,
                 cache_root=cache.root,
                 exported=manifest is not None,
-                built=_built_stages(manifest, backend, cache) | ({"text"} if size_px != request.sizes_px[0] else set()),
+                built=_built_stages(manifest, prepared, cache) | ({"text"} if size_px != request.sizes_px[0] else set()),
                 gated=request.gate_prompts > 0,
             )
             for size_px, manifest in graphs.items()
@@ -268,12 +268,12 @@ def _state(part: Part, prepared: Preparation, cache: EngineCache) -> str:
     return "build again" if prepared.request.rebuild else "cached"
 
 
-def _built_stages(manifest: GraphsManifest | None, backend: Backend, cache: EngineCache) -> frozenset[str]:
-    """Stages of one size whose engines are in the cache."""
-    if manifest is None:
+def _built_stages(manifest: GraphsManifest | None, prepared: Preparation, cache: EngineCache) -> frozenset[str]:
+    """Stages of one size whose engines are taken from the cache."""
+    if manifest is None or prepared.request.rebuild:
         return frozenset()
-    keys = {stage: key_of(stage_fields(manifest, stage, graph, backend)) for stage, graph in graphs_of(manifest)}
-    return frozenset(stage for stage, key in keys.items() if cache.has(key))
+    fields = {stage: stage_fields(manifest, stage, graph, prepared.backend) for stage, graph in graphs_of(manifest)}
+    return frozenset(stage for stage, found in fields.items() if cache.has(key_of(found)))
 
 
 def _stage_names(request: BuildRequest) -> tuple[str, ...]:

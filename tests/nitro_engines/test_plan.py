@@ -182,3 +182,11 @@ def test_what_decides_an_engine(bench: Bench) -> None:
     fields = stage_fields(part.manifest, part.stage, part.graph, bench.backend)
     decided_by_the_graph = {"stage", "checkpoint_sha256", "onnx_sha256", "inputs", "outputs"}
     assert set(fields) == decided_by_the_graph | {"precision", "backend", "options", "toolchain", "target"}
+
+
+def test_what_is_compiled_and_judged_on_the_gpu_needs_no_cpu_to_run(bench: Bench) -> None:
+    (built,) = plan(bench.request, bench.cache).memory.values()
+    assert [step.name for step in built.steps] == ["drawing the references"] and built.gpu_bytes
+    (again,) = plan(dataclasses.replace(bench.request, rebuild=True), bench.cache).memory.values()
+    compiled = [f"compiling {stage}" for stage in ("text", "denoise/1", "decode")]
+    assert [step.name for step in again.steps] == ["drawing the references", *compiled]
