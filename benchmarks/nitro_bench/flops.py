@@ -77,10 +77,21 @@ def work_of_file(path: Path) -> Work:
 
 
 def work_of(model: Any) -> Work:
-    """Count an `onnx.ModelProto` with static shapes, with or without its weights."""
+    """Count an `onnx.ModelProto` with static shapes, with or without its weights. `model` loses notes that contradict it.
+
+    Raises: NotCountable.
+    """
     import onnx
 
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    # Quantised weights keep their names, and the note of what type they had before. Inference stumbles over it.
+    weights = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as exc:
+        raise NotCountable(f"the shapes in the graph cannot be inferred: {exc}") from exc
     return _Counter(graph).count()
 
 
@@ -181,18 +192,16 @@ class _Counter:
 
 
 def _dtype_name(code: int) -> str:
+    """ONNX's name of a type in NumPy's spelling."""
     import onnx
 
-    return (
-        str(onnx.TensorProto.DataType.Name(code)).lower().replace("float", "float32", 1)
-        if code == 1
-        else (str(onnx.TensorProto.DataType.Name(code)).lower())
-    )
+    name = str(onnx.TensorProto.DataType.Name(code)).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 _ITEM_BYTES: Mapping[str, int] = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float8e4m3fn": 1, "int8": 1, "uint8": 1, "bool": 1,
-    "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "double": 8,
+    "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "float64": 8,
 }  # fmt: skip
 
 

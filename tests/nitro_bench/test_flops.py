@@ -82,6 +82,31 @@ def test_quantised_operands_are_of_eight_bits() -> None:
     assert work.operators[0].num_bytes == 5 * 7 + 11 * 7 + 4 * 5 * 11
 
 
+def test_a_note_of_what_a_weight_was_before_it_was_quantised_does_no_harm() -> None:
+    half = TensorProto.FLOAT16
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"]),
+        helper.make_node("MatMul", ["xd", "wd"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", half, (5, 7))],
+        [helper.make_tensor_value_info("y", half, (5, 11))],
+        [
+            numpy_helper.from_array(np.zeros((7, 11), np.int8), "w"),
+            numpy_helper.from_array(np.array(0.5, np.float16), "s"),
+            numpy_helper.from_array(np.array(0, np.int8), "z"),
+        ],
+        value_info=[helper.make_tensor_value_info("w", half, (7, 11))],
+    )
+    work = work_of(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+    assert work.flops_by("dtype") == {"int8": 2 * 5 * 7 * 11}
+    assert work.operator_bytes == 5 * 7 + 7 * 11 + 2 * 5 * 11  # 8-bit operands, a result in float16
+
+
 def test_a_shape_that_nobody_says_is_refused() -> None:
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],

@@ -95,7 +95,7 @@ def test_cards_are_dense_and_plausible() -> None:
 
 
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nitro_bench.ceilings.EDGE", 256)
+    monkeypatch.setattr("nitro_bench.ceilings.EDGES", (128, 256))
     monkeypatch.setattr("nitro_bench.ceilings.COPY_BYTES", 4 << 20)
     monkeypatch.setattr("nitro_bench.ceilings.MAX_SECONDS", 0.02)
     found = {rate.kind: rate for rate in measure_ceilings(["float32", "int8", "fp8"])}
