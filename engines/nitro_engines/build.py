@@ -152,6 +152,8 @@ def _gate(prepared: Preparation, report: Report) -> Gate:
 def _graphs(prepared: Preparation, size_px: int, cache: EngineCache, report: Report) -> tuple[Path, bool]:
     """The folder of graphs of one size to build from, and whether it was made now."""
     at = f" at {size_px} px" if len(prepared.request.sizes_px) > 1 else ""
+    if at:
+        report(f"graphs{at}:")
 
     def exported() -> tuple[Path, bool]:
         make = functools.partial(_export, prepared, size_px, report=report)

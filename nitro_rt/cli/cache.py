@@ -63,7 +63,7 @@ def command(context: click.Context, as_json: bool) -> None:
         return
     click.echo("\n".join(_lines(items, time.time())))
     if files:
-        click.echo(f"{len(files)} files that nothing names, {_size(unique_bytes(files))}: nitro-rt cache prune removes them")
+        click.echo(f"{len(files)} unnamed files, {_size(unique_bytes(files))}: nitro-rt cache prune removes them")
     click.echo(f"{cache.root}: {_size(total)}, what is shared counted once")
 
 

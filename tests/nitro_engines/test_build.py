@@ -85,6 +85,7 @@ def test_two_sizes_are_exported_and_built_into_one_bundle(
     assert plan(asked, cache).stages == dict.fromkeys(("text", "denoise/1", "decode", "denoise/1@96", "decode@96"), "unknown")
     result = build(asked, lines.append, cache)
     assert [call["size_px"] for call in exporter.calls] == [64, 96]
+    assert [line for line in lines if line.startswith("graphs at")] == ["graphs at 64 px:", "graphs at 96 px:"]
     assert result.manifest.sizes_px == (64, 96) and set(result.manifest.more_sizes) == {96}
     found = plan(asked, cache)
     assert found.engine_key == result.manifest.engine_key and set(found.stages.values()) == {"cached"}

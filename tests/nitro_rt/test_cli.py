@@ -434,7 +434,7 @@ def test_cache_lists_and_prunes(small_cache: Path, capsys: Capture) -> None:
     assert main(["cache"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["what", "size", "age", "last", "use"] and lines[1].startswith("gates  1 of them")
-    assert lines[2] == "1 files that nothing names, 3.0 MiB: nitro-rt cache prune removes them"
+    assert lines[2] == "1 unnamed files, 3.0 MiB: nitro-rt cache prune removes them"
     assert lines[3] == f"{small_cache}: 3.0 MiB, what is shared counted once"
     assert main(["cache", "prune", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("would be removed: 0 things, and 1 files")
