@@ -278,10 +278,10 @@ def roofline(dots: Sequence[Dot], roofs: Mapping[str, float], bandwidth: float, 
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" class="roof"/>')
         parts.append(text(WIDTH - 10, y_axis.at(roof) - 4, name, "tick", "end"))
-    for dot in dots:
+    for index, dot in enumerate(dots):
         x, y = x_axis.at(dot.x), y_axis.at(dot.y)
         tip = f"<title>{escape(dot.label)}: {dot.y / 1e9:.4g} GFLOP/s at {dot.x:.4g} FLOP per byte</title>"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="c{dot.colour % PALETTE} dot">{tip}</circle>')
-        near_edge = x > WIDTH - 90
-        parts.append(text(x - 8 if near_edge else x + 8, y + 4, dot.label, "label", "end" if near_edge else "start"))
+        # In turn above and below: neighbours, and the roof that they touch, stay readable.
+        parts.append(text(x, y + (17 if index % 2 else -9), dot.label, "label", "middle"))
     return svg(height, parts, title)
