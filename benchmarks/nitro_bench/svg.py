@@ -277,7 +277,7 @@ def roofline(dots: Sequence[Dot], roofs: Mapping[str, float], bandwidth: float, 
         points = [(start, start * bandwidth), (ridge, roof), (x_axis.high, roof)]
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" class="roof"/>')
-        parts.append(text(WIDTH - 10, y_axis.at(roof) - 4, name, "tick", "end"))
+        parts.append(text(x_axis.at(ridge) + 3, y_axis.at(roof) - 5, name, "tick"))
     for index, dot in enumerate(dots):
         x, y = x_axis.at(dot.x), y_axis.at(dot.y)
         tip = f"<title>{escape(dot.label)}: {dot.y / 1e9:.4g} GFLOP/s at {dot.x:.4g} FLOP per byte</title>"
