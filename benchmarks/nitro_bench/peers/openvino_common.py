@@ -15,6 +15,11 @@ COMPUTE_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 """OpenVINO's name of a type -> the benchmark's."""
 
 
+def compute_dtype(options: Mapping[str, str]) -> str:
+    """The type that decides how near the pictures can be: with INT8 weights that, though the arithmetic is in floats."""
+    return "int8" if options.get("weights") == "int8" else COMPUTE_DTYPES[options.get("precision", "f32")]
+
+
 def export(request: Mapping[str, Any]) -> Conversion:
     """The checkpoint as OpenVINO models, by optimum-intel. Raises: CannotRun if its environment is not made."""
     options, model = request["options"], Path(request["model"])

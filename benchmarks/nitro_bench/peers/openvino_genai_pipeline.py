@@ -14,7 +14,7 @@ from typing import Any
 
 from nitro_bench.peers.adapter import CannotRun
 from nitro_bench.peers.genai_schedule import DIFFERS, scheduler_config
-from nitro_bench.peers.openvino_common import COMPUTE_DTYPES, export, properties
+from nitro_bench.peers.openvino_common import compute_dtype, export, properties
 
 
 class Adapter:
@@ -38,7 +38,7 @@ class Adapter:
         pipe.reshape(self._batch, size, size, 0.0)  # guidance 0: the UNet batch is the image batch
         pipe.compile("CPU", **compiled_with)
         self._pipe = pipe
-        facts: dict[str, Any] = {"compute_dtype": COMPUTE_DTYPES[options.get("precision", "f32")], "notes": [made.note]}
+        facts: dict[str, Any] = {"compute_dtype": compute_dtype(options), "notes": [made.note]}
         return facts | ({"differs": DIFFERS} if max(request["steps"]) > 1 else {})
 
     def prepare(self, drawing: dict[str, Any]) -> Callable[[], Any]:

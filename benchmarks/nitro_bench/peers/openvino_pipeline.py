@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from nitro_bench.peers.openvino_common import COMPUTE_DTYPES, export, properties
+from nitro_bench.peers.openvino_common import compute_dtype, export, properties
 from nitro_bench.peers.pipeline import PipelineAdapter
 
 
@@ -36,7 +36,7 @@ class Adapter(PipelineAdapter):
             fix_batch(part.model, request["batch"])
         pipe.compile()
         self.adopt(pipe, request, torch.float32)
-        return {"compute_dtype": COMPUTE_DTYPES[options.get("precision", "f32")], "notes": [made.note]}
+        return {"compute_dtype": compute_dtype(options), "notes": [made.note]}
 
 
 def fix_batch(model: Any, batch: int) -> None:
