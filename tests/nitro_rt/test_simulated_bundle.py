@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cudasim import device_bundle, simulate
 
+from cudasim import device_bundle, simulate
 from nitro_rt.bundle import open_bundle
 
 
