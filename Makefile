@@ -78,6 +78,7 @@ check: $(VENV)/.dev-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m nitro_bench.quoted README.md
 	$(BIN)/python -m pytest -q tests/test_repository.py -k tracked_files
 
 fix: $(VENV)/.dev-stamp
