@@ -41,9 +41,7 @@ def test_the_types_of_the_parsed_network() -> None:
     check_network({"float16": 330}, "float16", "denoise-1.onnx")
     check_network({"float16": 95, "float32": 5}, "float16", "denoise-1.onnx")
     check_network({}, "float16", "text.onnx")  # nothing is multiplied
-    with pytest.raises(
-        BuildError, match="denoise-1.onnx should .* its 330 .* 30 in float16, 300 in float32"
-    ):
+    with pytest.raises(BuildError, match="denoise-1.onnx should .* its 330 .* 30 in float16, 300 in float32"):
         check_network({"float32": 300, "float16": 30}, "float16", "denoise-1.onnx")
 
 

@@ -68,9 +68,7 @@ def test_the_target_is_the_gpu_and_its_driver(played: Callable[..., Any]) -> Non
 @pytest.mark.trt
 def test_what_is_missing_is_named(played: Callable[..., Any]) -> None:
     nothing = Driver(found=False, cuda_version="", gpus=(), reason="no NVIDIA driver (libcuda.so.1 is not here)")
-    with pytest.raises(
-        BackendUnavailable, match=r"libcuda.so.1 is not here.* --backend tensorrt-rtx .* openvino"
-    ):
+    with pytest.raises(BackendUnavailable, match=r"libcuda.so.1 is not here.* --backend tensorrt-rtx .* openvino"):
         played(nothing)
     with pytest.raises(BackendUnavailable, match=r"needs TensorRT 11 or newer, found 10.13.0.35; pip install --upgrade"):
         played(version="10.13.0.35")
@@ -80,9 +78,7 @@ def test_what_is_missing_is_named(played: Callable[..., Any]) -> None:
 
 
 def test_targets_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="sm89 means nothing to --backend tensorrt, which builds for the GPU of this"
-    ):
+    with pytest.raises(ConfigError, match="sm89 means nothing to --backend tensorrt, which builds for the GPU of this"):
         load_backend("tensorrt", ("sm89",))
 
 
