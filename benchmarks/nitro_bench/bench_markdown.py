@@ -165,7 +165,7 @@ def _peers(report: BenchReport) -> str:
     head = ("subject", "peer", "computes in", "PSNR to ours, dB", "its p50, ms", "ours / theirs, 95 % interval", "pairs")
     absent = [f"- {peer.subject}: {peer.title}: {peer.reason}" for peer in report.peers if peer.status != "timed"]
     parts = [table(head, rows)] if rows else []
-    notes = [f"- {peer.subject}: {peer.title}: {note}" for peer in timed for note in peer.notes]
+    notes = dict.fromkeys(f"- {peer.title}: {note}" for peer in timed for note in peer.notes)
     if notes:
         parts.append("\n".join(notes))
     if absent:
