@@ -219,7 +219,7 @@ def prepare_build(request: BuildRequest) -> Preparation:
     """Everything about a build that is cheap to know; also where a wrong request is refused."""
     from nitro_export import read_checkpoint, toolchain
 
-    backend = load_backend(request.backend, request.targets, provider=request.provider)
+    backend = load_backend(request.backend, request.targets, provider=request.provider, refit=request.refit)
     backend.compute_dtype(GRAPH_DTYPES[request.precision])
     check_precision(tuple(backend.target().get("targets", "").split()), request.precision)
     source = resolve_model(request.model, base=request.base, decoder=request.decoder, loras=request.loras)

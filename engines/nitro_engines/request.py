@@ -47,6 +47,8 @@ class BuildRequest:
     sizes_px: tuple[int, ...] = ()
     """Sides of the images that one bundle draws, first the one that it draws unasked, without repeats; empty: the
     checkpoint's own."""
+    refit: bool = False
+    """Engines of tensorrt and tensorrt-rtx that take new weights when they are loaded (`nitro_engines.lora_refit`)."""
     batch: int = 1
     """Images per call that the engines have room for."""
     shift: int | None = None

@@ -97,6 +97,9 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     help="Pictures per step count that the bundle is compared with the checkpoint in float32 by, 1 to 16.",
 )
 @click.option("--allow-quality-loss", is_flag=True, help="Publish a bundle that misses its quality limits, and record that.")
+@click.option(
+    "--refit", is_flag=True, help="Engines of TensorRT that take new weights, such as a LoRA's, when they are loaded."
+)
 @click.option("--rebuild", is_flag=True, help="Compile what is cached, too, and say whether the same bytes come out.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle's folder.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")

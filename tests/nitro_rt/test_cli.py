@@ -281,7 +281,7 @@ def test_build_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(nitro_engines, "build", build)
     options = (
         "--steps 4,1 --model m --precision fp16 --backend tensorrt-rtx --target sm86,sm89 --size 512,1024 --batch 2 "
-        "--shift 250 --rebuild --gate-prompts 2 --allow-quality-loss"
+        "--shift 250 --refit --rebuild --gate-prompts 2 --allow-quality-loss"
     )
     assert main(["build", *options.split(), "--out", "o"]) == 1
     captured = capsys.readouterr()
@@ -298,6 +298,7 @@ def test_build_passes_on_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: 
             shift=250,
             gate_prompts=2,
             allow_quality_loss=True,
+            refit=True,
             rebuild=True,
             out=Path("o"),
         )

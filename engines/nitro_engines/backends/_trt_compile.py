@@ -65,6 +65,8 @@ class Job(TypedDict):
     compute_dtype: str
     compute_capabilities: list[tuple[int, int]]
     """Of TensorRT-RTX; empty for TensorRT, which compiles for the GPU that is here."""
+    refit: bool
+    """The plan takes new weights when it is loaded."""
     timing_in: str
     """A timing cache to begin with; empty: none."""
     timing_out: str
@@ -121,9 +123,9 @@ def _compile(job: Job, monitor: _Monitor) -> dict[str, Any]:
 def _config(job: Job, builder: Any, network: Any) -> Any:
     if polygraphy_config.USE_TENSORRT_RTX:
         capabilities = [tuple(capability) for capability in job["compute_capabilities"]]
-        config = CreateConfigRTX(compute_capabilities=capabilities)(builder, network)
+        config = CreateConfigRTX(compute_capabilities=capabilities, refittable=job["refit"])(builder, network)
     else:
-        config = CreateConfig(load_timing_cache=job["timing_in"] or None)(builder, network)
+        config = CreateConfig(load_timing_cache=job["timing_in"] or None, refittable=job["refit"])(builder, network)
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 is to mean that; it is on where nobody says otherwise
     return config
 

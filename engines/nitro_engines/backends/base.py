@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
 from nitro_engines.progress import Progress
+from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
 from nitro_rt.manifest import Graph, TensorSpec
 
@@ -52,30 +54,44 @@ class Backend(Protocol):
         ...
 
 
-def load_backend(name: str, targets: Sequence[str] = (), *, provider: str | None = None) -> Backend:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is said about a backend beside its name."""
+
+    targets: tuple[str, ...]
+    provider: str | None
+    refit: bool
+
+
+def load_backend(name: str, targets: Sequence[str] = (), *, provider: str | None = None, refit: bool = False) -> Backend:
     """The backend of this name, its library imported.
 
     Args:
         targets: GPU architectures (`sm89`) for backends that build for another machine.
         provider: what ONNX Runtime is to run on: cpu (its default), cuda, tensorrt.
-    Raises: ConfigError for an unknown name, target or provider; BackendUnavailable if the library is missing.
+        refit: engines of TensorRT and TensorRT-RTX that take new weights when they are loaded.
+    Raises: ConfigError for an unknown name, target or provider, and for what means nothing to this backend;
+        BackendUnavailable if the library is missing.
     """
     factory = _FACTORIES.get(name)
     if factory is None:
         raise ConfigError(f"--backend {name!r} is unknown; available: {', '.join(available_backends())}")
-    if provider is None:
-        return factory(tuple(targets))
-    if name != "onnxruntime":
+    if provider is not None and name != "onnxruntime":
         raise ConfigError(f"--provider {provider} means nothing to --backend {name}; it is of --backend onnxruntime")
-    return _onnxruntime(tuple(targets), provider)
+    if refit and name not in RUNTIMES:
+        raise ConfigError(
+            f"--refit means nothing to --backend {name}, whose engines keep their weights; it is of {', '.join(RUNTIMES)}. "
+            "A LoRA is fused by --lora"
+        )
+    return factory(Choices(targets=tuple(targets), provider=provider, refit=refit))
 
 
 def available_backends() -> tuple[str, ...]:
     return tuple(_FACTORIES)
 
 
-def _openvino(targets: tuple[str, ...]) -> Backend:
-    _refuse_targets("openvino", targets)
+def _openvino(choices: Choices) -> Backend:
+    _refuse_targets("openvino", choices.targets)
     try:
         from nitro_engines.backends.openvino_graph import OpenVinoBackend
     except ImportError as exc:
@@ -83,8 +99,9 @@ def _openvino(targets: tuple[str, ...]) -> Backend:
     return OpenVinoBackend()
 
 
-def _onnxruntime(targets: tuple[str, ...], provider: str = "cpu") -> Backend:
-    _refuse_targets("onnxruntime", targets, "this CPU" if provider == "cpu" else "every GPU")
+def _onnxruntime(choices: Choices) -> Backend:
+    provider = choices.provider or "cpu"
+    _refuse_targets("onnxruntime", choices.targets, "this CPU" if provider == "cpu" else "every GPU")
     try:
         from nitro_engines.backends.onnx_file import OnnxRuntimeBackend
     except ImportError as exc:
@@ -92,29 +109,29 @@ def _onnxruntime(targets: tuple[str, ...], provider: str = "cpu") -> Backend:
     return OnnxRuntimeBackend(provider)
 
 
-def _tensorrt_rtx(targets: tuple[str, ...]) -> Backend:
+def _tensorrt_rtx(choices: Choices) -> Backend:
     # The targets are checked without the library, so that a wrong one is named wherever it is asked for.
     from nitro_engines.backends.rtx_targets import capabilities
 
-    wanted = capabilities(targets)
+    wanted = capabilities(choices.targets)
     try:
         from nitro_engines.backends.rtx_plan import TensorRtRtxBackend
     except ImportError as exc:
         raise _missing("tensorrt-rtx", "tensorrt-rtx,export", exc) from exc
-    return TensorRtRtxBackend(wanted)
+    return TensorRtRtxBackend(wanted, refit=choices.refit)
 
 
-def _tensorrt(targets: tuple[str, ...]) -> Backend:
-    _refuse_targets("tensorrt", targets, "the GPU of this machine")
+def _tensorrt(choices: Choices) -> Backend:
+    _refuse_targets("tensorrt", choices.targets, "the GPU of this machine")
     try:
         from nitro_engines.backends.trt_plan import TensorRtBackend
     except ImportError as exc:
         elsewhere = "; tensorrt-rtx builds for RTX cards on any machine: --backend tensorrt-rtx --target sm89"
         raise BackendUnavailable(f"{_missing('tensorrt', 'tensorrt,export', exc)}{elsewhere}") from exc
-    return TensorRtBackend()
+    return TensorRtBackend(refit=choices.refit)
 
 
-_FACTORIES: dict[str, Callable[[tuple[str, ...]], Backend]] = {
+_FACTORIES: dict[str, Callable[[Choices], Backend]] = {
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt_rtx,

@@ -8,9 +8,10 @@ from pathlib import Path
 import tensorrt_rtx  # noqa: F401  where it is missing, `load_backend` says so
 
 from nitro_engines.backends.base import version
-from nitro_engines.backends.trt_compiler import Compiler
+from nitro_engines.backends.trt_compiler import REFIT_OPTION, Compiler
 from nitro_engines.progress import Progress
-from nitro_rt.errors import ConfigError
+from nitro_rt.device import Driver, find_driver
+from nitro_rt.errors import BackendUnavailable, ConfigError
 from nitro_rt.manifest import Graph
 
 if find_spec("polygraphy") is None:  # it is loaded in the compiler's process only
@@ -22,9 +23,19 @@ class TensorRtRtxBackend:
 
     name = "tensorrt-rtx"
 
-    def __init__(self, capabilities: dict[str, tuple[int, int]]) -> None:
-        """Args: capabilities: compute capability by target name; one plan serves them all."""
-        self._capabilities = capabilities
+    def __init__(self, capabilities: dict[str, tuple[int, int]], *, refit: bool = False, driver: Driver | None = None) -> None:
+        """
+        Args:
+            capabilities: compute capability by target name; one plan serves them all.
+            refit: plans that take new weights.
+        Raises: BackendUnavailable for `refit` without a GPU, which that compilation asks for.
+        """
+        self._capabilities, self._refit = capabilities, refit
+        if refit and not (driver := driver or find_driver()).gpus:
+            raise BackendUnavailable(
+                "--refit: TensorRT-RTX compiles plans that take new weights only where CUDA is, and here is "
+                f"{driver.reason}; build on a machine with a GPU, or fuse the LoRA with --lora"
+            )
 
     def toolchain(self) -> dict[str, str]:
         return {
@@ -40,7 +51,7 @@ class TensorRtRtxBackend:
         }
 
     def options(self, graph_dtype: str) -> dict[str, str]:
-        return {}
+        return {REFIT_OPTION: "yes"} if self._refit else {}
 
     def compute_dtype(self, graph_dtype: str) -> str:
         if graph_dtype == "float32" and "sm75" in self._capabilities:
@@ -53,5 +64,5 @@ class TensorRtRtxBackend:
         return graph_dtype
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Progress | None = None) -> list[Path]:
-        compiler = Compiler(name="TensorRT-RTX", is_rtx=True, capabilities=self._capabilities)
+        compiler = Compiler(name="TensorRT-RTX", is_rtx=True, capabilities=self._capabilities, refit=self._refit)
         return compiler.compile(onnx_path, graph, work, progress, None)

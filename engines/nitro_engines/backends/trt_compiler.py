@@ -21,6 +21,8 @@ from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph
 
 COMPILER = ("-m", "nitro_engines.backends._trt_compile")
+REFIT_OPTION = "refit"
+"""Engine option: `yes` where the plan holds its weights and takes others."""
 TICK_S = 1.0
 """How often a silent compiler's progress is looked at."""
 
@@ -34,6 +36,8 @@ class Compiler:
     is_rtx: bool
     capabilities: dict[str, tuple[int, int]]
     """Target name -> compute capability."""
+    refit: bool = False
+    """Plans that take new weights."""
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Progress | None, timing: Path | None) -> list[Path]:
         """Write `engine.plan` into `work`, and for TensorRT `engine.timing`, its timing cache.
@@ -53,6 +57,7 @@ class Compiler:
             "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
             "compute_dtype": graph.compute_dtype,
             "compute_capabilities": list(self.capabilities.values()) if self.is_rtx else [],
+            "refit": self.refit,
             "timing_in": str(timing or ""),
             "timing_out": str(timing_out or ""),
         }

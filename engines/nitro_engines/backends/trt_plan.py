@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorrt  # noqa: F401  where it is missing, `load_backend` says so
 
 from nitro_engines.backends.base import SEED_TIMING, version
-from nitro_engines.backends.trt_compiler import Compiler
+from nitro_engines.backends.trt_compiler import REFIT_OPTION, Compiler
 from nitro_engines.progress import Progress
 from nitro_rt.device import Driver, Gpu, find_driver
 from nitro_rt.errors import BackendUnavailable, ConfigError
@@ -31,8 +31,11 @@ class TensorRtBackend:
 
     name = "tensorrt"
 
-    def __init__(self, driver: Driver | None = None) -> None:
-        """Raises: BackendUnavailable if TensorRT is older than 11, or there is no driver or no GPU."""
+    def __init__(self, driver: Driver | None = None, *, refit: bool = False) -> None:
+        """
+        Args: refit: plans that take new weights.
+        Raises: BackendUnavailable if TensorRT is older than 11, or there is no driver or no GPU.
+        """
         found = version("tensorrt-cu13", "tensorrt_cu13", "tensorrt")
         if tuple(int(part) for part in found.split(".")[:1]) < OLDEST:
             raise BackendUnavailable(
@@ -44,7 +47,7 @@ class TensorRtBackend:
                 f"--backend tensorrt compiles on the GPU that its engines are for: {driver.reason}. Build on that machine, or "
                 "here with --backend tensorrt-rtx --target sm89 (RTX cards, which need not be here), openvino or onnxruntime"
             )
-        self._version, self._driver, self._gpu = found, driver, driver.gpus[0]
+        self._version, self._driver, self._gpu, self._refit = found, driver, driver.gpus[0], refit
 
     def toolchain(self) -> dict[str, str]:
         return {"tensorrt": self._version, "polygraphy": version("polygraphy")}
@@ -62,7 +65,7 @@ class TensorRtBackend:
         }
 
     def options(self, graph_dtype: str) -> dict[str, str]:
-        return {}
+        return {REFIT_OPTION: "yes"} if self._refit else {}
 
     def compute_dtype(self, graph_dtype: str) -> str:
         if graph_dtype == "bfloat16" and capability(self._gpu) < BF16_SINCE:
@@ -70,7 +73,8 @@ class TensorRtBackend:
         return graph_dtype
 
     def compile(self, onnx_path: Path, graph: Graph, work: Path, progress: Progress | None = None) -> list[Path]:
-        compiler = Compiler(name="TensorRT", is_rtx=False, capabilities={self._gpu.target: capability(self._gpu)})
+        here = {self._gpu.target: capability(self._gpu)}
+        compiler = Compiler(name="TensorRT", is_rtx=False, capabilities=here, refit=self._refit)
         timing = work / SEED_TIMING
         return compiler.compile(onnx_path, graph, work, progress, timing if timing.is_file() else None)
 

@@ -18,7 +18,7 @@ from nitro_engines.fields import stage_fields
 from nitro_engines.graphs import parts_of, read_graphs
 from nitro_engines.history import running_files, timing_of
 from nitro_engines.keys import differences
-from nitro_rt.device import Driver, Gpu
+from nitro_rt.device import Driver, Gpu, find_driver
 from nitro_rt.errors import BackendUnavailable, BuildError, ConfigError
 
 MakeGraphs = Callable[..., Path]
@@ -38,10 +38,10 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.delitem(sys.modules, "nitro_engines.backends.trt_plan", raising=False)
     import nitro_engines.backends.trt_plan as trt_plan
 
-    def load(driver: Driver = DRIVER, version: str = "11.4.0.106") -> Any:
+    def load(driver: Driver = DRIVER, version: str = "11.4.0.106", refit: bool = False) -> Any:
         monkeypatch.setattr(trt_plan, "version", lambda *names: version if "tensorrt" in names else "0.53.6")
         monkeypatch.setattr(trt_plan, "find_driver", lambda: driver)
-        return load_backend("tensorrt")
+        return load_backend("tensorrt", refit=refit)
 
     yield load
     for name in ("tensorrt", "nitro_engines.backends.trt_plan"):
@@ -75,6 +75,22 @@ def test_what_is_missing_is_named(played: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="sm75.* has no bfloat16"):
         turing = Gpu(name="NVIDIA T4", target="sm75")
         played(Driver(found=True, cuda_version="13.0", gpus=(turing,), reason="")).compute_dtype("bfloat16")
+
+
+@pytest.mark.trt
+def test_engines_that_take_new_weights(played: Callable[..., Any], make_graphs: MakeGraphs, tmp_path: Path) -> None:
+    """Their compilation asks CUDA, TensorRT-RTX's too, so here it can only be seen that it is asked for."""
+    if find_driver().gpus:
+        pytest.skip("with a GPU they are compiled: pytest -m gpu")
+    with pytest.raises(ConfigError, match="--refit means nothing to --backend openvino, .* A LoRA is fused by --lora"):
+        load_backend("openvino", refit=True)
+    with pytest.raises(BackendUnavailable, match="--refit: TensorRT-RTX compiles .* only where CUDA is, and here is no NVIDIA"):
+        load_backend("tensorrt-rtx", ("sm89",), refit=True)
+    backend = played(refit=True)
+    assert backend.options("float16") == {"refit": "yes"} and played().options("float16") == {}
+    graphs = make_graphs(precision="fp16")
+    with pytest.raises(BuildError, match="TensorRT refused text.onnx for sm90: .*CUDA_SUCCESS"):
+        backend.compile(graphs / "text.onnx", read_graphs(graphs).text, tmp_path)
 
 
 def test_targets_are_refused() -> None:
