@@ -18,6 +18,7 @@ EMOJI = Path(nitro_rt.__file__).parent / "models" / "nitro-emoji"
 SHIFT, SIZE, SEED, PROMPT = 500, 128, 7, "a red apple"
 STEPS = (1, 2, 4)
 ON_CPU = [name for name, peer in PEERS.items() if peer.how_to_make == HOW_TO_MAKE]
+ANOTHER_PICTURE_DB = 30.0
 TRUNCATION_DB = 49.0
 """OpenVINO GenAI truncates to uint8 where diffusers rounds: half of all values are one lower, 51 dB."""
 
@@ -48,8 +49,10 @@ def test_a_peer_draws_what_diffusers_draws(name: str, tmp_path: Path) -> None:
     is_genai = peer.adapter.name.startswith("openvino_genai")
     needed_db = min(limits_of((), (loaded.compute_dtype,)).psnr_db, TRUNCATION_DB if is_genai else np.inf)
     assert bool(loaded.differs) == is_genai
-    # A peer that cannot be told the schedule draws other pictures, but for one step.
-    assert {steps for steps, found in found_db.items() if found >= needed_db} == ({1} if is_genai else {*STEPS}), found_db
+    comparable = (1,) if is_genai else STEPS
+    assert all(found_db[steps] >= needed_db for steps in comparable), found_db
+    # A peer that cannot be told the schedule draws other pictures of the same thing: 23 dB.
+    assert all(found_db[steps] < ANOTHER_PICTURE_DB for steps in STEPS if steps not in comparable), found_db
 
 
 def _draw(process: PeerProcess, steps: int, folder: Path) -> float:
