@@ -94,7 +94,8 @@ def test_ctrl_c_stops_the_build_at_once(make_graphs: MakeGraphs, checkpoint: Pat
     seconds = time.monotonic() - started
     assert process.returncode == 130 and said.endswith("nitro-rt: interrupted\n"), said
     assert seconds < 3, "0.5 to 0.9 s were measured on a busy machine"
-    assert not compilers(tmp_path) and not out.exists() and not list((cache.root / "work").iterdir())
+    wait_for(lambda: not compilers(tmp_path), seconds=5)  # it is killed; the system takes its time to free gigabytes
+    assert not out.exists() and not list((cache.root / "work").iterdir())
 
 
 @pytest.mark.trt
