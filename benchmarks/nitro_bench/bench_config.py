@@ -9,7 +9,7 @@ from pathlib import Path
 from nitro_bench import samples
 from nitro_bench.cards import card_of
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Peer
-from nitro_bench.peers.registry import PEERS
+from nitro_bench.peers.catalogue import PEERS
 from nitro_rt.errors import ConfigError
 
 Report = Callable[[str], None]
@@ -31,7 +31,7 @@ class BenchConfig:
 
     bundles: tuple[Path, ...]
     peers: tuple[str, ...] = ()
-    """Names of `nitro_bench.peers.registry.PEERS`."""
+    """Names of `nitro_bench.peers.catalogue.PEERS`."""
     size: int | None = None
     """Edge in pixels, of those each bundle has; None takes its first."""
     steps: tuple[int, ...] = ()

@@ -2,7 +2,7 @@
 
 Every side runs in a process of its own, ours too: under the interpreter of its own environment, with its own imports and
 memory, driven over JSON lines by `PeerProcess`. The other end is `peers/serve.py`, which runs an adapter (`peers/adapter.py`
-says what that is). To add a peer: write an adapter, list it in `peers/registry.py`.
+says what that is). To add a peer: write an adapter, list it in `peers/catalogue.py`.
 
 A peer that cannot run here, crashes or hangs raises `PeerFailed` with a reason that can stand in the report; its process is
 gone then, and the benchmark goes on with the others.

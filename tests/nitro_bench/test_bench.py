@@ -17,7 +17,7 @@ from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.checking import open_cases
 from nitro_bench.peer import Peer
-from nitro_bench.peers.registry import PEERS
+from nitro_bench.peers.catalogue import PEERS
 from nitro_rt.bundle import open_bundle
 from nitro_rt.device import Driver, Gpu
 from nitro_rt.errors import BundleError, ConfigError, EngineMismatch, ModelNotFound

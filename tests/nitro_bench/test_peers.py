@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoints import make_tiny_sdxl
-from nitro_bench.peers import registry
+from nitro_bench.peers import catalogue
 from nitro_bench.peers.adapter import CannotRun
 from nitro_bench.peers.diffusers_pipeline import Adapter, compile_parts
 from nitro_bench.peers.onnxruntime_pipeline import CPU, CUDA, require_provider
@@ -144,10 +144,10 @@ def test_stages_add_up_until_they_are_cleared() -> None:
 
 
 def test_every_peer_has_an_adapter_that_loads_nothing_its_environment_may_lack() -> None:
-    for peer in registry.PEERS.values():
+    for peer in catalogue.PEERS.values():
         assert re.fullmatch(r"[a-z0-9-]+", peer.name) and peer.adapter.is_file()
-    for path in sorted(registry.FOLDER.glob("*.py")):
-        if path.name == "registry.py":  # the benchmark's own side
+    for path in sorted(catalogue.FOLDER.glob("*.py")):
+        if path.name == "catalogue.py":  # the benchmark's own side
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -162,24 +162,24 @@ def test_every_peer_has_an_adapter_that_loads_nothing_its_environment_may_lack()
 def test_every_environment_is_pinned_exactly_and_made_by_make_peers() -> None:
     made = re.search(r"^PEERS := (.*)\$\(if \$\(wildcard \S+\),(.*)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert made is not None
-    environments = {peer.python.parents[1].name: peer.how_to_make for peer in registry.PEERS.values()}
-    assert {*made[1].split()} == {name for name, how in environments.items() if how == registry.HOW_TO_MAKE}
-    assert {*made[2].split()} == {name for name, how in environments.items() if how == registry.HOW_TO_MAKE_FOR_GPU}
-    for path in registry.REQUIREMENTS.glob("*.txt"):
+    environments = {peer.python.parents[1].name: peer.how_to_make for peer in catalogue.PEERS.values()}
+    assert {*made[1].split()} == {name for name, how in environments.items() if how == catalogue.HOW_TO_MAKE}
+    assert {*made[2].split()} == {name for name, how in environments.items() if how == catalogue.HOW_TO_MAKE_FOR_GPU}
+    for path in catalogue.REQUIREMENTS.glob("*.txt"):
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
         for line in lines:
             included = re.fullmatch(r"-r (\S+)", line)
             assert re.fullmatch(r"[a-z0-9-]+==[0-9a-z.]+", line) or included, f"{path.name}: {line}"
-            assert included is None or (registry.REQUIREMENTS / included[1]).is_file()
-    assert set(environments) <= {path.stem for path in registry.REQUIREMENTS.glob("*.txt")}
+            assert included is None or (catalogue.REQUIREMENTS / included[1]).is_file()
+    assert set(environments) <= {path.stem for path in catalogue.REQUIREMENTS.glob("*.txt")}
 
 
 def test_the_page_on_peers_names_each() -> None:
     page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
-    assert [name for name in registry.PEERS if f"`{name}`" not in page] == []
+    assert [name for name in catalogue.PEERS if f"`{name}`" not in page] == []
 
 
 def test_options_are_strings_that_a_request_can_carry() -> None:
-    for peer in registry.PEERS.values():
+    for peer in catalogue.PEERS.values():
         assert json.loads(json.dumps(dict(peer.options))) == dict(peer.options)
         assert all(isinstance(value, str) for value in peer.options.values())

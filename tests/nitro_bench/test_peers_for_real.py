@@ -9,7 +9,7 @@ import pytest
 
 import nitro_rt
 from nitro_bench.peer import DrawRequest, LoadRequest, PeerFailed, PeerProcess
-from nitro_bench.peers.registry import HOW_TO_MAKE, PEERS
+from nitro_bench.peers.catalogue import HOW_TO_MAKE, PEERS
 from nitro_rt.noise import draw_noise
 from nitro_rt.quality import limits_of, psnr_db
 from oracle import oracle_images
