@@ -59,15 +59,14 @@ class CudaGraph:
             with device_errors("capturing a CUDA graph"):
                 # Thread-local: other threads of the process may go on allocating and synchronising.
                 builder.begin_building("thread_local")
-                try:
-                    self._record(builder)
-                except BaseException:
-                    with suppress(Exception):  # what went wrong in the capture is the error to report
-                        builder.end_building()
-                    raise
+                self._record(builder)
                 graph = builder.end_building().complete()
-        finally:
-            builder.close()
+        except BaseException:
+            for end in (builder.end_building, builder.close):
+                with suppress(Exception):  # what went wrong in the capture is the error to report
+                    end()
+            raise
+        builder.close()
         # Upload now, so that the first replay costs what the others do.
         graph.upload(self._stream)
         self._graph, self._state = graph, state

@@ -343,6 +343,7 @@ FAILURES = {
     "memory of an engine": ("allocate", 1, "cannot load text from .*OUT_OF_MEMORY.*; close other programs or pipelines"),
     "memory of a buffer": ("allocate", 4, "GPU memory ran out while loading .* for 1 steps at 32 pixels"),
     "a launch": ("execute", 1, "text did not start"),
+    "a launch in the capture": ("execute", 8, "denoise/1 did not start"),
     "a plan": ("deserialize", 2, "TensorRT-RTX 1.* cannot load denoise/1 from .*plan: .*; build it again here"),
 }
 
