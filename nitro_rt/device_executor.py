@@ -146,7 +146,8 @@ class DeviceExecutor:
         Args:
             weights: `text`, `denoise` or `decode` -> the ONNX graph's initializer -> its values, in the graph's type and
                 shape. What is not named stays as it is.
-        Raises: EngineMismatch if an engine was not built for it or a value does not fit; ConfigError for another stage.
+        Raises: EngineMismatch if an engine was not built for it or a value does not fit: nothing has changed then. (Where
+            TensorRT fails at the exchange itself, the message asks to load the bundle again.) ConfigError for another stage.
         """
         unknown = set(weights) - set(STAGE_INPUTS)
         if unknown:
@@ -203,9 +204,10 @@ class DeviceExecutor:
         if stage not in self._engines:
             assert self._runtime is not None
             paths = tuple(self._bundle.path(reference) for reference in engine.files)
-            loaded = self._engines[stage] = self._runtime.load(stage, engine, paths)
+            loaded = self._runtime.load(stage, engine, paths)
             if new := self._refitted.get(_kind(stage)):
                 loaded.take_weights(loaded.set_weights(new))
+            self._engines[stage] = loaded  # only now: one that kept its old weights must not be found here
             self._compute_dtypes[stage] = engine.compute_dtype
         return self._engines[stage]
 

@@ -111,6 +111,8 @@ class TensorRtEngine:
     def __init__(self, stage: str, engine: Any, context: Any, runtime: TensorRtRuntime) -> None:
         self.stage = stage
         self._engine, self._context, self._runtime = engine, context, runtime
+        self._given: list[Array] = []
+        """New weights between `set_weights` and `take_weights`: TensorRT reads them only at the exchange."""
         self.scratch_bytes = int(engine.device_memory_size_v2)
         """Activations and workspace: device memory that is in use only while the engine runs."""
 
@@ -148,15 +150,17 @@ class TensorRtEngine:
             refitter = runtime.refitter(self._engine)
         except Exception as exc:  # TensorRT's bindings raise a bare RuntimeError or TypeError for a null refitter
             raise EngineMismatch(f"{self.stage} takes no new weights: {runtime.said()}; build with --refit") from exc
-        for name, values in weights.items():
-            if not refitter.set_named_weights(name, np.ascontiguousarray(values)):
-                raise EngineMismatch(f"{self.stage} does not take {name} {values.dtype} {list(values.shape)}: {runtime.said()}")
+        self._given = [np.ascontiguousarray(values) for values in weights.values()]
+        for name, array in zip(weights, self._given, strict=True):
+            if not refitter.set_named_weights(name, array):
+                raise EngineMismatch(f"{self.stage} does not take {name} {array.dtype} {list(array.shape)}: {runtime.said()}")
         return refitter
 
     def take_weights(self, refitter: Any) -> None:
         """Exchange the weights that were set; the stream must be idle. Raises: EngineMismatch with TensorRT's own words."""
         if not refitter.refit_cuda_engine():
             raise EngineMismatch(f"{self.stage} did not take its new weights: {self._runtime.said()}; load the bundle again")
+        self._given = []
 
     def close(self) -> None:
         """Free the context and the weights. A second call does nothing."""

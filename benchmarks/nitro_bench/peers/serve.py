@@ -96,7 +96,7 @@ class Server:
                         if next(pending, None) is None:
                             return
                     draw()
-            except Exception as exc:
+            except Exception as exc:  # of whatever library draws; raised again below, in the thread that answers
                 errors.append(exc)
 
         threads = [threading.Thread(target=work, args=(draw,)) for draw in draws]
@@ -139,7 +139,7 @@ def answer(server: Server, line: str) -> dict[str, Any]:
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}")
         return {"ok": True, **getattr(server, command)(**fields)}
-    except Exception as exc:
+    except Exception as exc:  # of whatever library draws: the answer tells it, and the other side goes on
         traceback.print_exc()
         what = "cannot_run" if type(exc).__name__ == "CannotRun" or isinstance(exc, ImportError) else "error"
         text = str(exc) if type(exc).__name__ == "CannotRun" else f"{type(exc).__name__}: {exc}"
