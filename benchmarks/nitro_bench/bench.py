@@ -2,7 +2,8 @@
 
 Everything that is timed runs in fresh processes of its own (`peer`), ours too. A first round, which is not counted, checks each
 side's picture and warms the file cache. Then, for each step count of each bundle: several processes one after another, each
-from its start over warm-up to its share of the images, each followed by turns with every peer.
+from its start over warm-up to its share of the images, each followed by turns with every peer, or by a process of a peer that
+does not fit into memory beside ours.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def _protocol(config: BenchConfig, runs: Sequence[Run]) -> Protocol:
             "timed span": "from the prompt as a string to the pictures in host memory; stages are the pipeline's own timings",
             "warm-up": warmup.RULE,
             "statistics": samples.RULE,
+            "throughput": timing.THROUGHPUT_RULE,
             "peers": pairing.RULE,
             "cold start": "fresh processes with warm files; from before the process exists to the first picture",
             "floor": "operations at the measured rate of their type, or weights, inputs and outputs through memory: the larger",

@@ -16,7 +16,7 @@ STYLE = Path(__file__).with_name("bench_page.css")
 QUALITY_WORDS = (
     "Worst PSNR of the bundle's references against the float32 parent (100 dB: equal). Up and to the left is better."
 )
-PEER_WORDS = "Same checkpoint, prompt and noise, in turns. Below 1, ours is faster."
+PEER_WORDS = "Same checkpoint, prompt and noise, in turns where nothing else is noted. Below 1, ours is faster."
 PREDICTION_WORDS = "Predictions, not measurements: what the counted work takes at least, at the rates of public data sheets."
 
 
@@ -26,7 +26,7 @@ def html(report: BenchReport) -> str:
         ("Latency", "Every timed call; the tall mark is the median, the dashed one p95.", bench_charts.latency(report)),
         ("Where the time goes", "Median of each stage.", bench_charts.waterfall(report)),
         ("Quality against latency", QUALITY_WORDS, bench_charts.quality(report)),
-        ("Beside peers", PEER_WORDS, bench_charts.peers(report)),
+        ("Beside peers", PEER_WORDS, bench_charts.peers(report) + _peer_notes(report)),
         ("From nothing to the first picture", "A fresh process with warm files.", bench_charts.starts(report)),
         ("Footprint", "", bench_charts.footprint(report)),
         ("Throughput", "Images a second when several threads call one pipeline.", bench_charts.throughput(report)),
@@ -80,6 +80,11 @@ def _tiles(report: BenchReport) -> str:
 
 def _ratio_of(peer: PeerRun) -> float:
     return peer.ratio.median if peer.ratio else 0.0
+
+
+def _peer_notes(report: BenchReport) -> str:
+    notes = dict.fromkeys((peer.title, note) for peer in report.peers if peer.status == "timed" for note in peer.notes)
+    return element("div", table((), notes, "words"), "card") if notes else ""
 
 
 def _predictions(report: BenchReport) -> str:

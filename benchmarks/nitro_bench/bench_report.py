@@ -153,9 +153,9 @@ class PeerRun:
     """Its picture against ours, for the timed prompt and noise; null where a note says why it cannot be the same."""
     psnr_needed_db: float | None
     ours_ms: tuple[float, ...]
-    """Medians of our turns ..."""
+    """Medians of our turns, or of our processes where a note says that they were timed apart ..."""
     theirs_ms: tuple[float, ...]
-    """... and of the peer's turn that followed each."""
+    """... and of the peer's turn or process that followed each."""
     images_per_turn: int
     ratio: Ratio | None
     """Ours over theirs, pair by pair."""

@@ -69,6 +69,7 @@ class Checked:
     works: dict[str, Work | str]
     start_s: float
     image_ms: float
+    peak_rss_bytes: int | None
     tried: tuple[pairing.Tried, ...]
     failed: tuple[PeerRun, ...]
     checkpoint: Path | None
@@ -91,6 +92,7 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
     with started.process as process:
         drawn_BHWC, image_ms = pairing.drawn_by(started, draw, case.work / "ours.npy")
         quality = verified(case, process, started.loaded, drawn_BHWC)
+        memory = process.memory()
     report(f"{case.id}: {_quality_sentence(quality)}; about {image_ms:.1f} ms an image")
     tried: list[pairing.Tried] = []
     failed: list[PeerRun] = []
@@ -110,6 +112,7 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
         works=roofline.count_stages(case.bundle, case.num_steps),
         start_s=started.cold_start.total_ms / 1e3,
         image_ms=image_ms,
+        peak_rss_bytes=memory.peak_rss_bytes,
         tried=tuple(tried),
         failed=tuple(failed),
         checkpoint=checkpoint,
@@ -118,8 +121,9 @@ def check(case: Case, config: BenchConfig, report: Report) -> Checked:
 
 def _try_peer(case: Case, peer: Peer, checkpoint: Path, ours: Loaded, ours_BHWC: Images, config: BenchConfig) -> pairing.Tried:
     started = timing.start(peer, case.load_request(checkpoint, peer), case.draw_request(), config.timeout_s)
-    with started.process:
+    with started.process as process:
         theirs_BHWC, image_ms = pairing.drawn_by(started, case.draw_request(), case.work / f"{peer.name}.npy")
+        peak_rss_bytes = process.memory().peak_rss_bytes
     dtype = started.loaded.compute_dtype
     precisions = subject_of(case, ours).precisions.values()
     needed, found = None, None
@@ -128,7 +132,14 @@ def _try_peer(case: Case, peer: Peer, checkpoint: Path, ours: Loaded, ours_BHWC:
     else:
         needed = pairing.needed_psnr_db(precisions, ours.compute_dtypes.values(), dtype)
         found = pairing.require_same_picture(peer, theirs_BHWC, ours_BHWC, needed)
-    return pairing.Tried(peer=peer, loaded=started.loaded, psnr_db=found, needed_db=needed, image_ms=image_ms)
+    return pairing.Tried(
+        peer=peer,
+        loaded=started.loaded,
+        psnr_db=found,
+        needed_db=needed,
+        image_ms=image_ms,
+        peak_rss_bytes=peak_rss_bytes,
+    )
 
 
 def _same_picture_sentence(tried: pairing.Tried) -> str:

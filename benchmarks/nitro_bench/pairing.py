@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nitro_bench.bench_report import ColdStart, PeerRun
+from nitro_bench.bench_report import ColdStart, PeerRun, Process
 from nitro_bench.peer import Drawn, DrawRequest, Loaded, Memory, Peer, PeerFailed, PeerProcess
 from nitro_bench.samples import ratio_of, summary_of
-from nitro_bench.timing import Started, median_cold_start
-from nitro_bench.warmup import SLOW_MS
+from nitro_bench.timing import Started, block_sizes, images_per_block, median_cold_start
+from nitro_bench.warmup import SLOW_MS, VERY_SLOW_MS
 from nitro_rt.quality import Images, limits_of, psnr_db
 
 PAUSE_S = 0.02
@@ -26,15 +26,24 @@ WARM_UP_IMAGES = 3
 """Before a side's first turn in a process, after its first image, at which torch.compile and the like have worked. One is
 enough where an image takes seconds."""
 MIN_PAIRS = 6
+HEADROOM_SHARE = 0.1
+"""Of the memory available, what both processes together must leave to the system and to the files they read."""
+APART = (
+    "our process is closed before theirs starts, which draws as many images; a pair is the median of our process over that of "
+    f"the process of theirs which followed, so an interval needs {MIN_PAIRS} processes; what else the machine did meanwhile "
+    "does not cancel out, and a start may find its files pushed out of memory"
+)
 RULE = (
     f"each side in processes of its own; ours and theirs take turns of about {TURN_MS:g} ms, at most {MAX_TURN} images, with "
-    f"{1e3 * PAUSE_S:g} ms between them; a pair is our turn's median over that of their turn which followed"
+    f"{1e3 * PAUSE_S:g} ms between them; a pair is our turn's median over that of their turn which followed; where an image "
+    f"takes over {VERY_SLOW_MS / 1e3:g} s there are no more pairs than timed images; where both do not fit into memory "
+    f"together, they are timed apart, and the peer's notes say so: {APART}"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """The turns that two processes took."""
+    """The turns that two processes took, or the one turn of each where they were timed apart."""
 
     ours_ms: tuple[float, ...]
     theirs_ms: tuple[float, ...]
@@ -66,15 +75,41 @@ def pairs_of(turns: Iterable[tuple[Drawn, Drawn]]) -> Pairs:
     )
 
 
+def apart(ours: Process, theirs: Started, draw: DrawRequest, their_image_ms: float) -> Pairs:
+    """One pair of whole processes: `ours` is closed, and theirs draws as many images. Raises: PeerFailed."""
+    sizes = block_sizes(len(ours.total_ms), images_per_block(their_image_ms))
+    their_images_ms = tuple(value for size in sizes for value in theirs.process.draw(draw, size).image_ms)
+    return Pairs(
+        ours_ms=(statistics.median(ours.total_ms),),
+        theirs_ms=(statistics.median(their_images_ms),),
+        their_images_ms=their_images_ms,
+        images_per_turn=len(their_images_ms),
+    )
+
+
+def why_apart(ours_bytes: int | None, theirs_bytes: int | None, available_bytes: int) -> str:
+    """Why two processes with these peaks cannot be alive together; empty where they can, or where nobody can tell."""
+    if not (ours_bytes and theirs_bytes and available_bytes):
+        return ""
+    if ours_bytes + theirs_bytes <= (1 - HEADROOM_SHARE) * available_bytes:
+        return ""
+    return (
+        f"timed apart, not in turns: our process takes {ours_bytes / 2**30:.1f} GiB and theirs {theirs_bytes / 2**30:.1f} GiB, "
+        f"{available_bytes / 2**30:.1f} GiB are available, of which {HEADROOM_SHARE:.0%} stays free; {APART}"
+    )
+
+
 def turn_length(ours_ms: float, theirs_ms: float) -> int:
     """Images per turn: the faster side fills its turn, within reason for the slower."""
     return max(1, min(MAX_TURN, math.ceil(TURN_MS / max(ours_ms, theirs_ms)), round(TURN_MS / min(ours_ms, theirs_ms))))
 
 
-def pairs_within(seconds: float, ours_ms: float, theirs_ms: float, most: int) -> int:
-    """As many pairs as fit, but enough for an interval."""
+def pairs_within(seconds: float, ours_ms: float, theirs_ms: float, most: int, num_images: int) -> int:
+    """As many pairs as fit, but enough for an interval; of very slow images no more than the `num_images` asked for."""
     per_pair_s = turn_length(ours_ms, theirs_ms) * (ours_ms + theirs_ms) / 1e3 + 2 * PAUSE_S
-    return max(MIN_PAIRS, min(most, round(seconds / per_pair_s)))
+    if max(ours_ms, theirs_ms) > VERY_SLOW_MS:
+        most = min(most, num_images)
+    return max(min(MIN_PAIRS, most), min(most, round(seconds / per_pair_s)))
 
 
 def needed_psnr_db(precisions: Iterable[str], our_dtypes: Iterable[str], their_dtype: str) -> float:
@@ -123,6 +158,7 @@ class Tried:
     """None, and no limit, where `loaded.differs` says why it cannot be the same picture."""
     needed_db: float | None
     image_ms: float
+    peak_rss_bytes: int | None
 
 
 def failed(subject: str, peer: Peer, reason: str) -> PeerRun:
@@ -160,6 +196,7 @@ def timed(
     memory: Memory,
     installed_bytes: int | None,
     model_bytes: int,
+    why_apart: str,
 ) -> PeerRun:
     """All turns of all processes together."""
     ours_ms = tuple(value for part in pairs for value in part.ours_ms)
@@ -172,7 +209,7 @@ def timed(
         reason="",
         compute_dtype=tried.loaded.compute_dtype,
         versions=tried.loaded.versions,
-        notes=(*filter(None, (tried.loaded.differs,)), *tried.loaded.notes),
+        notes=(*filter(None, (tried.loaded.differs, f"{subject}: {why_apart}" if why_apart else "")), *tried.loaded.notes),
         psnr_db=tried.psnr_db,
         psnr_needed_db=tried.needed_db,
         ours_ms=ours_ms,

@@ -27,8 +27,8 @@ from typing import Any
 from nitro_rt.errors import NitroError
 
 SERVE = Path(__file__).resolve().parent / "peers" / "serve.py"
-COMMAND_TIMEOUT_S = 900.0
-"""For one command; loading may convert and compile a full-size checkpoint."""
+COMMAND_TIMEOUT_S = 3600.0
+"""For one command: to convert and compile a full-size checkpoint, or a block of its images from several threads."""
 QUIT_TIMEOUT_S = 20.0
 LAST_LINES = 3
 """Of standard error, in the reason of a crash."""

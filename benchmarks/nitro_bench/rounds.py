@@ -1,9 +1,14 @@
-"""The counted rounds of one subject: our fresh processes, each followed by its turns with every peer."""
+"""The counted rounds of one subject: our fresh processes, each followed by its turns with every peer.
+
+A peer whose process does not fit into memory beside ours has its turn when ours is closed.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from nitro_bench import pairing, samples, timing
 from nitro_bench.bench_config import MAX_PAIRS, PAIR_SECONDS, BenchConfig, Report
@@ -13,6 +18,7 @@ from nitro_bench.checkpoints import folder_bytes
 from nitro_bench.footprint import peer_bytes
 from nitro_bench.peer import Memory, PeerFailed
 from nitro_bench.subject import OURS
+from nitro_engines.host import available_bytes
 
 
 @dataclass(kw_only=True)
@@ -35,6 +41,10 @@ class Rounds:
         self._starts: dict[str, list[timing.Started]] = {tried.peer.name: [] for tried in checked.tried}
         self._memory: dict[str, Memory] = {}
         self._failed: dict[str, str] = {}
+        # Once, while no side runs: a peer is timed in one way in all rounds.
+        peaks = {tried.peer.name: tried.peak_rss_bytes for tried in checked.tried}
+        available = available_bytes()
+        self._why_apart = {name: pairing.why_apart(checked.peak_rss_bytes, peak, available) for name, peak in peaks.items()}
 
     def run(self) -> tuple[Timed, list[PeerRun]]:
         """Raises: PeerFailed if our own process fails."""
@@ -48,10 +58,12 @@ class Rounds:
                 processes.append(timing.time_images(started, draw, self._share(number)))
                 self._report(f"{case.id}: process {number + 1} of {self._num_processes}: {_process_sentence(processes[-1])}")
                 memory = process.memory()
-                for tried in self._checked.tried:
-                    self._take_turns(started, tried)
+                for tried in self._tried(apart=False):
+                    self._time_peer(tried, partial(self._take_turns, started, tried))
                 if number == self._num_processes - 1:
-                    throughput = timing.throughput(process, draw, config.concurrency, self._checked.image_ms)
+                    throughput = timing.throughput(process, draw, config.concurrency, self._checked.image_ms, processes)
+            for tried in self._tried(apart=True):
+                self._time_peer(tried, partial(self._take_turn_apart, processes[-1], tried))
         return Timed(processes=processes, throughput=throughput, memory=memory), self._peer_runs()
 
     def _share(self, number: int) -> int:
@@ -59,20 +71,29 @@ class Rounds:
         each, rest = divmod(self._num_images, self._num_processes)
         return each + (number < rest)
 
-    def _take_turns(self, ours: timing.Started, tried: pairing.Tried) -> None:
-        """One process of a peer beside one of ours. What fails is listed, and not tried again."""
+    def _tried(self, *, apart: bool) -> list[pairing.Tried]:
+        """The peers that are timed in this way and have not failed."""
+        names = {name for name, why in self._why_apart.items() if bool(why) == apart and name not in self._failed}
+        return [tried for tried in self._checked.tried if tried.peer.name in names]
+
+    def _take_turns(self, ours: timing.Started, tried: pairing.Tried, theirs: timing.Started) -> pairing.Pairs:
+        image_ms, draw = (self._checked.image_ms, tried.image_ms), self._checked.case.draw_request()
+        most = pairing.pairs_within(PAIR_SECONDS, *image_ms, MAX_PAIRS, self._num_images)
+        count, length = math.ceil(most / self._num_processes), pairing.turn_length(*image_ms)
+        return pairing.pairs_of(pairing.take_turns(ours.process, theirs.process, (draw, draw), count, length))
+
+    def _take_turn_apart(self, ours: Process, tried: pairing.Tried, theirs: timing.Started) -> pairing.Pairs:
+        return pairing.apart(ours, theirs, self._checked.case.draw_request(), tried.image_ms)
+
+    def _time_peer(self, tried: pairing.Tried, measure: Callable[[timing.Started], pairing.Pairs]) -> None:
+        """One process of a peer. What fails is listed, and not tried again."""
         peer, checked, draw = tried.peer, self._checked, self._checked.case.draw_request()
-        if peer.name in self._failed:
-            return
         assert checked.checkpoint is not None
-        most = pairing.pairs_within(PAIR_SECONDS, checked.image_ms, tried.image_ms, MAX_PAIRS)
         try:
             theirs = timing.start(peer, checked.case.load_request(checked.checkpoint, peer), draw, self._config.timeout_s)
             with theirs.process as process:
                 pairing.warm_images(theirs, draw)
-                length = pairing.turn_length(checked.image_ms, tried.image_ms)
-                count = math.ceil(most / self._num_processes)
-                pairs = pairing.pairs_of(pairing.take_turns(ours.process, process, (draw, draw), count, length))
+                pairs = measure(theirs)
                 self._memory[peer.name] = process.memory()
         except PeerFailed as exc:
             if exc.name == OURS.name:
@@ -83,7 +104,9 @@ class Rounds:
         self._pairs[peer.name].append(pairs)
         self._starts[peer.name].append(theirs)
         found = samples.ratio_of(pairs.ours_ms, pairs.theirs_ms)
-        self._report(f"{checked.case.id}: beside {peer.name}: {found.median:.3f} of its time over {found.num_pairs} pairs")
+        where = "apart from" if self._why_apart[peer.name] else "beside"
+        pairs_told = "1 pair" if found.num_pairs == 1 else f"{found.num_pairs} pairs"
+        self._report(f"{checked.case.id}: {where} {peer.name}: {found.median:.3f} of its time over {pairs_told}")
 
     def _peer_runs(self) -> list[PeerRun]:
         checked, runs = self._checked, list(self._checked.failed)
@@ -96,7 +119,8 @@ class Rounds:
             starts = [started.cold_start for started in self._starts[name]]
             needs = peer_bytes(tried.peer)
             size = folder_bytes(checked.checkpoint)
-            runs.append(pairing.timed(checked.case.id, tried, self._pairs[name], starts, self._memory[name], needs, size))
+            pairs, memory, why = self._pairs[name], self._memory[name], self._why_apart[name]
+            runs.append(pairing.timed(checked.case.id, tried, pairs, starts, memory, needs, size, why))
         return runs
 
 

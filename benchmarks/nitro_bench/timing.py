@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nitro_bench import yardstick
 from nitro_bench.bench_report import ENGINE_STAGES, ColdStart, Process, Throughput
 from nitro_bench.peer import Drawn, DrawRequest, Loaded, LoadRequest, Peer, PeerProcess
 from nitro_bench.samples import Summary, summary_of
-from nitro_bench.warmup import WarmUp, warm_up
+from nitro_bench.warmup import VERY_SLOW_MS, WarmUp, warm_up
 
 BLOCK_MS, MAX_BLOCK = 100.0, 10
 """Between blocks of images the yardstick is measured; a block takes about so long, and has at most so many images."""
@@ -19,6 +19,10 @@ THROUGHPUT_MS = 3000.0
 """A level of concurrency draws for about so long, and at least two calls per thread."""
 SLOW_CALL_MS = 10_000.0
 """Above this, one call per thread must do."""
+THROUGHPUT_RULE = (
+    f"calls from several threads on one pipeline for about {THROUGHPUT_MS / 1e3:g} s; where an image takes over "
+    f"{VERY_SLOW_MS / 1e3:g} s nothing is drawn for one thread: its figure is that of the timed images, one after another"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +64,10 @@ def time_images(started: Started, draw: DrawRequest, num_images: int) -> Process
     process, blocks = started.process, []
     warmed = warm_up(lambda count: process.draw(draw, count).image_ms, started.cold_start.first_image_ms)
     per_block = images_per_block(warmed.last_ms)
-    yardsticks, left = [], num_images
-    while left > 0:
+    yardsticks = []
+    for size in block_sizes(num_images, per_block):
         yardsticks.append(yardstick.measure())
-        blocks.append(process.draw(draw, min(per_block, left)))
-        left -= per_block
+        blocks.append(process.draw(draw, size))
     return _process(started.cold_start, warmed, blocks, yardsticks, per_block)
 
 
@@ -72,16 +75,39 @@ def images_per_block(image_ms: float) -> int:
     return max(1, min(MAX_BLOCK, round(BLOCK_MS / image_ms)))
 
 
-def throughput(process: PeerProcess, draw: DrawRequest, levels: Iterable[int], image_ms: float) -> tuple[Throughput, ...]:
-    """Calls a second, for each number of threads. Raises: PeerFailed."""
+def block_sizes(num_images: int, per_block: int) -> Iterator[int]:
+    """Blocks that make `num_images`; the last takes what is left."""
+    for drawn in range(0, num_images, per_block):
+        yield min(per_block, num_images - drawn)
+
+
+def throughput(
+    process: PeerProcess, draw: DrawRequest, levels: Iterable[int], image_ms: float, timed: Sequence[Process]
+) -> tuple[Throughput, ...]:
+    """Images a second, for each number of threads.
+
+    Args:
+        timed: what one thread has drawn already; very slow images are not drawn again for its level.
+    Raises: PeerFailed.
+    """
     found = []
     for num_threads in levels:
+        if num_threads == 1 and image_ms > VERY_SLOW_MS:
+            found.append(_one_thread(timed, len(draw.prompts)))
+            continue
         num_calls = num_threads * (1 if image_ms > SLOW_CALL_MS else 2)
         num_calls = max(num_calls, math.ceil(THROUGHPUT_MS / image_ms))
         seconds = process.throughput_s(draw, num_threads, num_calls)
         images_per_s = num_calls * len(draw.prompts) / seconds
         found.append(Throughput(num_threads=num_threads, num_calls=num_calls, seconds=seconds, images_per_s=images_per_s))
     return tuple(found)
+
+
+def _one_thread(timed: Iterable[Process], batch: int) -> Throughput:
+    drawn_ms = [value for process in timed for value in process.total_ms]
+    seconds = sum(drawn_ms) / 1e3
+    images_per_s = len(drawn_ms) * batch / seconds
+    return Throughput(num_threads=1, num_calls=len(drawn_ms), seconds=seconds, images_per_s=images_per_s)
 
 
 def median_cold_start(starts: Sequence[ColdStart]) -> ColdStart:

@@ -33,7 +33,7 @@ def numbers(text: str) -> tuple[int, ...]:
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The diffusers folder that peers draw with.")
 @click.option("--predict", metavar="CARD,...", default="", help="The floor on these GPUs, from their data sheets.")
-@click.option("--timeout", "timeout_s", type=float, default=900.0, show_default=True, help="Seconds for one command to a side.")
+@click.option("--timeout", "timeout_s", type=float, default=3600.0, show_default=True, help="Seconds for a command to a side.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here, replacing what is there.")
 @click.option(
     "--report", "report_folder", type=click.Path(path_type=Path), help="Write JSON, Markdown and HTML into this folder."

@@ -14,6 +14,8 @@ import pytest
 from nitro_bench import bench
 from nitro_bench.bench import measure
 from nitro_bench.bench_config import BenchConfig
+from nitro_bench.bench_html import html
+from nitro_bench.bench_markdown import markdown
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.checking import open_cases
 from nitro_bench.peer import Peer
@@ -150,6 +152,38 @@ def test_a_peer_that_cannot_draw_the_same_says_why_and_is_timed(
     assert peer.status == "timed" and peer.psnr_db is None and peer.psnr_needed_db is None
     assert peer.notes[0] == "another schedule" and len(peer.theirs_ms) == 6
     assert any("fake is timed and not compared (another schedule)" in line for line in lines)
+
+
+def measure_alone(bundle: Path, checkpoint: Path, **changes: Any) -> BenchReport:
+    """Beside a peer that refuses to load while a process of ours is alive."""
+    registry = {"fake": dataclasses.replace(FAKE, options={"mode": "alone", "differs": "another schedule"})}
+    config = config_of(bundle, peers=("fake",), registry=registry, checkpoint=checkpoint, concurrency=(1,), **changes)
+    return measure(config, lambda line: None)
+
+
+def test_a_peer_that_does_not_fit_beside_ours_is_timed_when_ours_is_closed(
+    little_bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nitro_bench.rounds.available_bytes", lambda: 32 << 20)
+    report = measure_alone(little_bundle, checkpoint, images=7)
+    (peer,), (run,) = report.peers, report.runs
+    assert peer.status == "timed", peer.reason
+    # A pair for each process; the peer drew as often as we did.
+    assert peer.ours_ms == tuple(float(np.median(process.total_ms)) for process in run.processes)
+    assert len(peer.theirs_ms) == len(peer.cold_starts) == 2 and peer.images_per_turn == 4
+    assert peer.summary is not None and peer.summary.num_samples == 7 and peer.ratio is not None
+    assert peer.ratio.num_pairs == 2 and peer.ratio.low is None
+    note = peer.notes[1]
+    assert note.startswith("little, 1 step, 32 px: timed apart, not in turns: our process takes 0.") and "0.0 GiB are" in note
+    assert note in report.to_json() and note in markdown(report) and note in html(report)
+
+
+def test_a_peer_that_fits_beside_ours_is_timed_beside_it(
+    little_bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nitro_bench.rounds.available_bytes", lambda: 1 << 40)
+    (peer,) = measure_alone(little_bundle, checkpoint, processes=1).peers
+    assert peer.reason == "cannot run here: ours is alive"
 
 
 def test_peers_that_fail_are_listed_with_their_reason(with_peers: BenchReport) -> None:

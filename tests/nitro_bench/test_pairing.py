@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nitro_bench.pairing import MAX_TURN, MIN_PAIRS, needed_psnr_db, pairs_within, require_same_picture, turn_length
+from nitro_bench.pairing import (
+    MAX_TURN,
+    MIN_PAIRS,
+    needed_psnr_db,
+    pairs_within,
+    require_same_picture,
+    turn_length,
+    why_apart,
+)
 from nitro_bench.peer import Peer, PeerFailed
 
 PEER = Peer(name="p", title="P", adapter=Path("a.py"), python=Path(sys.executable))
@@ -40,6 +48,23 @@ def test_turns_are_short_and_never_empty(ours: float, theirs: float, length: int
 
 
 def test_slow_sides_take_fewer_pairs_but_enough() -> None:
-    assert pairs_within(300, 30, 300, 20) == 20
-    assert pairs_within(300, 10_000, 20_000, 20) == 10
-    assert pairs_within(300, 90_000, 200_000, 20) == MIN_PAIRS
+    assert pairs_within(300, 30, 300, 20, 100) == 20
+    assert pairs_within(300, 10_000, 20_000, 20, 4) == 10
+    assert pairs_within(300, 90_000, 200_000, 20, 100) == MIN_PAIRS
+
+
+def test_very_slow_sides_take_no_more_pairs_than_images() -> None:
+    assert pairs_within(300, 90_000, 200_000, 20, 4) == 4
+    assert pairs_within(300, 15_000, 21_000, 20, 2) == 2
+    assert pairs_within(300, 15_000, 21_000, 20, 100) == 8
+    assert pairs_within(300, 15_000, 19_000, 20, 2) == 9
+
+
+def test_sides_are_apart_where_both_do_not_fit() -> None:
+    gib = 2**30
+    assert why_apart(9 * gib, 9 * gib, 20 * gib) == ""  # a tenth is left
+    found = why_apart(11 * gib, 15 * gib, 22 * gib)
+    assert "our process takes 11.0 GiB and theirs 15.0 GiB, 22.0 GiB are available, of which 10% stays free" in found
+    assert why_apart(9 * gib, 9 * gib + 2**20, 20 * gib)
+    # What is not known is no reason.
+    assert why_apart(None, 9 * gib, gib) == why_apart(9 * gib, None, gib) == why_apart(9 * gib, 9 * gib, 0) == ""

@@ -35,6 +35,20 @@ def test_it_gives_up_at_the_cap_and_says_so() -> None:
     assert found.last_change == pytest.approx(0.1)
 
 
+def test_very_slow_images_are_drawn_once() -> None:
+    machine = Machine([50_000])
+    found = warm_up(machine.draw, first_image_ms=62_500)
+    assert machine.windows == [1] and found.num_images == 1
+    assert not found.stable and found.last_change == pytest.approx(0.2) and found.last_ms == 50_000
+    assert warm_up(Machine([50_000]).draw, first_image_ms=50_500).stable
+
+
+def test_a_slow_first_image_does_not_make_the_others_slow() -> None:
+    machine = Machine([900, 600, 599])
+    assert warm_up(machine.draw, first_image_ms=60_000).stable
+    assert machine.windows == [1] * 3
+
+
 def test_slow_images_are_few() -> None:
     machine = Machine([9000, 5000, 4000, 3000])
     found = warm_up(machine.draw, first_image_ms=9000)
