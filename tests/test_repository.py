@@ -180,7 +180,8 @@ def test_constraints_pin_all_that_is_installed() -> None:
     assert {name: version.partition("+")[0] for name, version in installed.items()} == {
         name: pins.get(name, "no pin") for name in installed
     }
-    assert not [name for name in installed if name.startswith("nvidia-")]
+    # No CUDA library; nvidia-ml-py is one Python file that asks a driver, where there is one.
+    assert not [name for name in installed if name.startswith("nvidia-") and name != "nvidia-ml-py"]
 
 
 def test_wheel_holds_the_five_packages_and_nothing_else(wheel: Path) -> None:
