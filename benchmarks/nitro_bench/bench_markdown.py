@@ -252,7 +252,7 @@ def _predictions(report: BenchReport) -> str:
     told = "\n".join(f"- {card}: {source}." for card, source in sources.items())
     return (
         "**Predictions, not measurements**: the floor in milliseconds that the counted work has at the rates of public data "
-        f"sheets, dense. No program reaches it.\n\n{table(head, rows)}\n\n{told}"
+        f"sheets, dense. At the clocks that those rates are for, no program reaches it.\n\n{table(head, rows)}\n\n{told}"
     )
 
 
