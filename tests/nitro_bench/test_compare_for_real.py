@@ -1,17 +1,27 @@
-"""The shipped model beside itself on this machine, whatever else that does: no false alarm, and a planted slow-down found."""
+"""The shipped model beside itself on this machine, whatever else that does: no false alarm, and a planted slow-down found.
+
+One comparison with three processes of each side takes 40 seconds of processor time, mostly to start them: half a minute on two
+idle cores, two minutes were seen at a load of 5.
+"""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nitro_bench import side_by_side
+from nitro_bench.compare import FASTER, SAME, SLOWER, Comparison
 from nitro_bench.peer import Drawn, PeerProcess
+from nitro_bench.subject import Case
 from nitro_rt.cli import main
 
 pytestmark = pytest.mark.slow
+
+RUNS, FEWEST_RUNS, BUDGET_S = 20, 5, 600.0
+TRIES = 3
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +36,37 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer processes and turns, and the one bundle that all runs compare is verified once."""
     monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 3)
-    monkeypatch.setattr(side_by_side, "NUM_PAIRS", 10)
+    monkeypatch.setattr(side_by_side, "NUM_PAIRS", 6)
+    verify, found_ms = side_by_side._verify, []
+
+    def once(case: Case, report: Any) -> float:
+        if not found_ms:
+            found_ms.append(verify(case, report))
+        return found_ms[0]
+
+    monkeypatch.setattr(side_by_side, "_verify", once)
 
 
-def test_twenty_runs_of_the_same_bundle_raise_no_alarm(emoji: Path) -> None:
-    alarms = []
-    for _ in range(20):
-        found = side_by_side.compare_bundles(emoji, emoji, 0.05, lambda line: None)
-        alarms += found.slower
-    assert not alarms
+def compared(emoji: Path) -> Comparison:
+    found = side_by_side.compare_bundles(emoji, emoji, 0.05, lambda line: None)
+    assert {line.stage for line in found.lines} >= {"total", "denoise", "decode"}
+    return found
+
+
+def test_runs_of_the_same_bundle_raise_no_alarm(emoji: Path) -> None:
+    """Twenty runs, or as many as begin within ten minutes and at least five: about ten minutes, idle or not."""
+    end_s = time.monotonic() + BUDGET_S
+    num_runs = 0
+    while num_runs < RUNS and (num_runs < FEWEST_RUNS or time.monotonic() < end_s):
+        num_runs += 1
+        assert not compared(emoji).slower, f"in run {num_runs}"
 
 
 def test_ten_percent_more_time_are_found(emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one of three tries, since a busy machine leaves some undecided; never is it called the same. A try takes a minute of
+    processor time, three minutes at a load of 5."""
     monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 5)
     draw = PeerProcess.draw
 
@@ -54,5 +82,9 @@ def test_ten_percent_more_time_are_found(emoji: Path, monkeypatch: pytest.Monkey
         )
 
     monkeypatch.setattr(PeerProcess, "draw", slowed)
-    found = side_by_side.compare_bundles(emoji, emoji, 0.05, lambda line: None)
-    assert "total" in {line.stage for line in found.slower}
+    for _ in range(TRIES):
+        (total,) = [line for line in compared(emoji).lines if line.stage == "total"]
+        assert total.verdict not in (SAME, FASTER)
+        if total.verdict == SLOWER:
+            return
+    pytest.fail(f"no run of {TRIES} found it")
