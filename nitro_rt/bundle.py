@@ -249,6 +249,7 @@ def _check_manifest(bundle: Bundle) -> None:
         inputs, outputs = names(engine.inputs), names(engine.outputs)
         _require(bundle, inputs == STAGE_INPUTS[kind], f"has {stage} with inputs {inputs}, expected {STAGE_INPUTS[kind]}")
         _require(bundle, outputs == STAGE_OUTPUTS[kind], f"has {stage} with outputs {outputs}, expected {STAGE_OUTPUTS[kind]}")
+        _require(bundle, engine.first_row >= 0, f"has {stage} begin at row {engine.first_row} of its step tables")
         size_px = int(stage.partition("@")[2] or manifest.sizes_px[0])
         _check_shapes(bundle, stage, engine, size_px)
 

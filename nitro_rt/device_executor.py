@@ -32,7 +32,7 @@ from nitro_rt.device_modules import DeviceModules, load_modules
 from nitro_rt.diagnosis import diagnose, require_machine
 from nitro_rt.errors import CaptureError, ConfigError
 from nitro_rt.executor import DeviceOptions, Drawing
-from nitro_rt.manifest import Engine, TensorSpec
+from nitro_rt.manifest import Engine, FileRef, TensorSpec
 from nitro_rt.noise import draw_noise
 from nitro_rt.runtime_cache import runtime_cache_file
 from nitro_rt.session import Array
@@ -63,7 +63,8 @@ class DeviceExecutor:
         self.warm_up_ms = 0.0
         """What the first runs outside a graph, its capture and its check took at load."""
         self._programs: dict[tuple[int, int], _Program] = {}
-        self._engines: dict[str, TensorRtEngine] = {}
+        self._engines: dict[tuple[str, tuple[FileRef, ...]], TensorRtEngine] = {}
+        """By kind of stage and files: step counts and sizes share what they have in common."""
         self._compute_dtypes: dict[str, str] = {}
         self._weights = 0
         self._refitted: dict[str, dict[str, Array]] = {}
@@ -108,6 +109,7 @@ class DeviceExecutor:
                 decode=self._engine(bundle.stage("decode", size_px), decode),
                 specs={spec.name: spec for e in (bundle.manifest.text, denoise, decode) for spec in (*e.inputs, *e.outputs)},
                 num_steps=num_steps,
+                first_row=denoise.first_row,
                 captures=self.captures,
             )
             self._programs[num_steps, size_px] = program
@@ -153,7 +155,7 @@ class DeviceExecutor:
         if unknown:
             raise ConfigError(f"there is no stage {min(unknown)!r} to refit; available: {', '.join(STAGE_INPUTS)}")
         with device_errors(f"refitting {self._bundle.folder}"):
-            refitted = [(engine, weights.get(_kind(stage), {})) for stage, engine in self._engines.items()]
+            refitted = [(engine, weights.get(kind, {})) for (kind, _), engine in self._engines.items()]
             set_ = [(engine, engine.set_weights(new)) for engine, new in refitted if new]
             for engine, refitter in set_:
                 engine.take_weights(refitter)
@@ -200,16 +202,17 @@ class DeviceExecutor:
         )
 
     def _engine(self, stage: str, engine: Engine) -> TensorRtEngine:
-        """The loaded engine of a stage; step counts and sizes share what they have in common."""
-        if stage not in self._engines:
+        """The loaded engine of a stage."""
+        kind, files = _kind(stage), engine.files
+        self._compute_dtypes[stage] = engine.compute_dtype
+        if (kind, files) not in self._engines:
             assert self._runtime is not None
             paths = tuple(self._bundle.path(reference) for reference in engine.files)
             loaded = self._runtime.load(stage, engine, paths)
-            if new := self._refitted.get(_kind(stage)):
+            if new := self._refitted.get(kind):
                 loaded.take_weights(loaded.set_weights(new))
-            self._engines[stage] = loaded  # only now: one that kept its old weights must not be found here
-            self._compute_dtypes[stage] = engine.compute_dtype
-        return self._engines[stage]
+            self._engines[kind, files] = loaded  # only now: one that kept its old weights must not be found here
+        return self._engines[kind, files]
 
     def _fit_scratch(self) -> None:
         """Scratch memory for the largest engine; a larger one replaces it, and graphs notice by their binding state."""
@@ -294,6 +297,7 @@ class _Program:
         decode: TensorRtEngine,
         specs: Mapping[str, TensorSpec],
         num_steps: int,
+        first_row: int,
         captures: Counter[str],
     ) -> None:
         self._stream_handle = int(stream.handle)
@@ -308,7 +312,7 @@ class _Program:
         self._work = DeviceBlock(memory, embeds | {"even_latents": latents, "odd_latents": latents})
         self.download = PinnedBlock(memory, {name: specs[name] for name in ("next_latents", "images")})
         self._blocks = (self._upload, self._constants, self._work, self.download)
-        self._fill_constants(stream)
+        self._fill_constants(stream, first_row)
         self._launches = tuple(self._launch_list(text, denoise, decode))
         self.addresses = tuple(address for block in self._blocks for address in block.addresses.values())
         self.is_captured = False
@@ -350,10 +354,10 @@ class _Program:
         for block in self._blocks:
             block.close()
 
-    def _fill_constants(self, stream: Any) -> None:
-        """The step numbers, and what the last step mixes in: nothing, times nothing, which must not be NaN."""
+    def _fill_constants(self, stream: Any, first_row: int) -> None:
+        """The rows that the steps read, and what the last step mixes in: nothing, times nothing, which must not be NaN."""
         for step in range(self._num_steps):
-            self._constants.arrays[f"step_{step}"][...] = step
+            self._constants.arrays[f"step_{step}"][...] = first_row + step
         self._constants.arrays["no_noise"][...] = 0
         self._constants.upload(stream)
         stream.sync()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import EngineMismatch
 from nitro_rt.executor import Drawing
-from nitro_rt.manifest import Engine
+from nitro_rt.manifest import Engine, FileRef
 from nitro_rt.session import Array, Session, SessionFactory
 
 
@@ -55,8 +55,11 @@ class HostExecutor:
             stage = self._bundle.stage("decode", size_px)
             decode = self._open(stage, engines.decode, {"latents": latents, "images": images})
             sized = self._sized[size_px] = _Sized(buffers, decode)
-        stage = self._bundle.stage("denoise", size_px, num_steps)
-        sized.denoisers[num_steps] = self._open(stage, engines.denoise[num_steps], sized.buffers)
+        engine, stage = engines.denoise[num_steps], self._bundle.stage("denoise", size_px, num_steps)
+        session = sized.loaded.get(engine.files) or self._open(stage, engine, sized.buffers)
+        self._compute_dtypes[stage] = session.compute_dtype
+        sized.loaded[engine.files] = session
+        sized.denoisers[num_steps] = session, engine.first_row
         return True
 
     def draw(
@@ -109,14 +112,17 @@ class _Sized:
 
     def __init__(self, buffers: dict[str, Array], decode: Session) -> None:
         self.buffers, self.decode = buffers, decode
-        self.denoisers: dict[int, Session] = {}
+        self.loaded: dict[tuple[FileRef, ...], Session] = {}
+        """Denoisers by their files, which step counts share."""
+        self.denoisers: dict[int, tuple[Session, int]] = {}
+        """Step count -> its denoiser, and the row of that one's tables where its steps begin."""
 
     def run_steps(self, num_steps: int, noise_NBCHW: NDArray[np.float32]) -> None:
-        denoiser, buffers = self.denoisers[num_steps], self.buffers
+        (denoiser, first_row), buffers = self.denoisers[num_steps], self.buffers
         buffers["latents"][:] = noise_NBCHW[0]
         for step in range(num_steps):
             is_last = step == num_steps - 1
-            buffers["step_index"][0] = step
+            buffers["step_index"][0] = first_row + step
             buffers["noise"][:] = 0 if is_last else noise_NBCHW[step + 1]
             denoiser.execute()
             if not is_last:

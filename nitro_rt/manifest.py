@@ -139,6 +139,8 @@ class Engine:
     """Digest over everything that decides this engine."""
     options: dict[str, str] = field(default_factory=dict)
     """Backend options that the executor must set when it loads the engine."""
+    first_row: int = 0
+    """Of a denoiser: what `step_index` is for its first step. Step counts share an engine, whose tables stand in rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

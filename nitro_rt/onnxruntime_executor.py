@@ -15,7 +15,7 @@ from nitro_rt.bundle import Bundle
 from nitro_rt.device import find_driver
 from nitro_rt.errors import CaptureError, ConfigError, DeviceLost, EngineMismatch, NitroError
 from nitro_rt.executor import DeviceOptions, Drawing
-from nitro_rt.manifest import Engine, TensorSpec
+from nitro_rt.manifest import Engine, FileRef, TensorSpec
 from nitro_rt.onnxruntime_session import OnnxRuntimeSession
 from nitro_rt.providers import GPU_PROVIDERS, TENSORRT, Placement, provider_of
 from nitro_rt.session import Array
@@ -81,8 +81,11 @@ class OnnxRuntimeExecutor:
             read = {"latents": values["next_latents"], "images": values["images"]}
             decode = self._loaded(bundle.stage("decode", size_px), engines.decode, read)
             sized = self._sized[size_px] = _Sized(values, decode)
-        stage = bundle.stage("denoise", size_px, num_steps)
-        sized.denoisers[num_steps] = self._loaded(stage, engines.denoise[num_steps], sized.values)
+        engine, stage = engines.denoise[num_steps], bundle.stage("denoise", size_px, num_steps)
+        session = sized.loaded.get(engine.files) or self._loaded(stage, engine, sized.values)
+        self._compute_dtypes[stage] = session.compute_dtype
+        sized.loaded[engine.files] = session
+        sized.denoisers[num_steps] = session, engine.first_row
         return True
 
     def draw(
@@ -208,14 +211,17 @@ class _Sized:
 
     def __init__(self, values: Values, decode: OnnxRuntimeSession) -> None:
         self.values, self.decode = values, decode
-        self.denoisers: dict[int, OnnxRuntimeSession] = {}
+        self.loaded: dict[tuple[FileRef, ...], OnnxRuntimeSession] = {}
+        """Denoisers by their files, which step counts share."""
+        self.denoisers: dict[int, tuple[OnnxRuntimeSession, int]] = {}
+        """Step count -> its denoiser, and the row of that one's tables where its steps begin."""
 
     def run_steps(self, num_steps: int, noise_NBCHW: NDArray[np.float32]) -> None:
-        denoiser, values = self.denoisers[num_steps], self.values
+        (denoiser, first_row), values = self.denoisers[num_steps], self.values
         values["latents"].update_inplace(noise_NBCHW[0])
         for step in range(num_steps):
             is_last = step == num_steps - 1
-            values["step_index"].update_inplace(np.array([step], np.int64))
+            values["step_index"].update_inplace(np.array([first_row + step], np.int64))
             values["noise"].update_inplace(np.zeros_like(noise_NBCHW[0]) if is_last else noise_NBCHW[step + 1])
             denoiser.execute()
             if not is_last:

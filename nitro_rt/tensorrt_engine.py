@@ -19,8 +19,6 @@ from nitro_rt.session import Array, check_specs
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 """TensorRT's names of what a bundle's tensors are made of."""
-WEIGHTS_OPTION = "weights"
-"""Engine option: `refit` where the plan holds no weights and takes them from the ONNX graph beside it."""
 
 _OUT_OF_MEMORY = re.compile(r"out.?of.?memory", re.IGNORECASE)
 
@@ -55,8 +53,6 @@ class TensorRtRuntime:
         if loaded is None:
             raise EngineMismatch(f"{self._name} cannot load {stage} from {paths[0]}: {self.said()}; {self._remedy()}")
         check_specs(stage, _specs(loaded), (*engine.inputs, *engine.outputs))
-        if engine.options.get(WEIGHTS_OPTION) == "refit":
-            self._take_weights(stage, loaded, paths)
         return TensorRtEngine(stage, loaded, self._context(stage, loaded), self)
 
     def refitter(self, engine: Any) -> Any:
@@ -96,13 +92,6 @@ class TensorRtRuntime:
         if context is None:
             raise EngineMismatch(f"{self._name} cannot make a context for {stage}: {self.said()}; {self._remedy()}")
         return context
-
-    def _take_weights(self, stage: str, loaded: Any, paths: tuple[Path, ...]) -> None:
-        """Fill a plan without weights from the graph that it was built from; step counts share these files."""
-        refitter = self.refitter(loaded)
-        taken = self._trt.OnnxParserRefitter(refitter, self.logger).refit_from_file(str(paths[1]))
-        if not (taken and refitter.refit_cuda_engine()):
-            raise EngineMismatch(f"{self._name} cannot take the weights of {stage} from {paths[1]}: {self.said()}; build again")
 
 
 class TensorRtEngine:

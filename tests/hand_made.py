@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def hand_made_bundle(
     *,
     backend: str = "reference",
     steps: tuple[int, ...] = (1, 2),
+    joined: bool = True,
     batch: int = 2,
     size_px: int = 32,
     more_sizes_px: tuple[int, ...] = (),
@@ -33,7 +34,11 @@ def hand_made_bundle(
     options: dict[str, str] | None = None,
     target: dict[str, str] | None = None,
 ) -> Path:
-    """Write a bundle into `folder`: `steps` denoisers at `size_px` and each of `more_sizes_px`; returns `folder`."""
+    """Write a bundle into `folder`: denoisers of `steps` at `size_px` and each of `more_sizes_px`; returns `folder`.
+
+    Args:
+        joined: one denoiser serves all step counts, as in a bundle that is built; otherwise each has its own.
+    """
     files = folder / "files"
     files.mkdir(parents=True)
     embeds = m.TensorSpec(name="prompt_embeds", dtype="float32", shape=(batch, LENGTH, EMBED))
@@ -59,7 +64,13 @@ def hand_made_bundle(
         images = m.TensorSpec(name="images", dtype="uint8", shape=(batch, edge, edge, 3))
         inputs = (latents, embeds, pooled, step_index, replace(latents, name="noise"))
         outputs = (replace(latents, name="next_latents"),)
-        denoise = {n: compiled("denoise", inputs, outputs, schedules[n]) for n in steps}
+        if joined:
+            one, row = compiled("denoise", inputs, outputs, _joined([schedules[n] for n in steps])), 0
+            denoise = {}
+            for n in steps:
+                denoise[n], row = replace(one, first_row=row), row + n
+        else:
+            denoise = {n: compiled("denoise", inputs, outputs, schedules[n]) for n in steps}
         return m.SizeEngines(denoise=denoise, decode=compiled("decode", (latents,), (images,)))
 
     first = sized(size_px)
@@ -83,6 +94,12 @@ def hand_made_bundle(
     )
     (folder / m.BUNDLE_FILE).write_text(m.to_json(m.sealed(manifest)), encoding="utf-8")
     return folder
+
+
+def _joined(schedules: list[StepSchedule]) -> StepSchedule:
+    """The constants of all of them in one row after the other."""
+    names = [field.name for field in fields(StepSchedule)]
+    return StepSchedule(**{name: sum((getattr(schedule, name) for schedule in schedules), ()) for name in names})
 
 
 def _store(files: Path, content: bytes, suffix: str) -> m.FileRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,12 @@ from pathlib import Path
 from nitro_engines.backends import Backend
 from nitro_engines.cache import EngineCache
 from nitro_engines.fields import stage_fields
-from nitro_engines.files import Report, foreign_errors, silent
-from nitro_engines.graphs import Part
+from nitro_engines.files import Report, foreign_errors, link_or_copy, silent, storage_errors
+from nitro_engines.graphs import Job, Part, jobs_of, num_steps_of
 from nitro_engines.history import expected_seconds, remember_seconds, remember_timing, running_files, seed_timing
 from nitro_engines.keys import Fields, key_of
 from nitro_engines.progress import FIRST_LINE_S, Progress
-from nitro_rt.manifest import Engine, Graph, resolve
+from nitro_rt.manifest import Engine, FileRef, Graph, resolve, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Built:
     states: dict[str, str] = field(default_factory=dict)
     """`cached`, `built`, or where it was cached and built again: `identical` or `different`, by its files' digests."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """By engine: `denoise/1,2,4` is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,18 @@ class Builder:
     """The bundle that is to be replaced: an engine of it may hold the timing cache of an equal build."""
 
     def build(self, parts: Mapping[str, Part]) -> Built:
-        """The engine of every part. Raises: BuildError, ConfigError as the backend."""
+        """The engine of every part; step counts of one folder share theirs. Raises: BuildError, ConfigError as the backend."""
         built = Built()
-        for stage, part in parts.items():
+        for job in jobs_of(parts):
             started = time.perf_counter()
-            built.engines[stage], built.states[stage] = self._engine(stage, part)
-            built.seconds[stage] = round(time.perf_counter() - started, 3)
+            engine, state = self._engine(job)
+            built.seconds[job.stage] = round(time.perf_counter() - started, 3)
+            for stage, first_row in job.first_rows.items():
+                built.engines[stage], built.states[stage] = dataclasses.replace(engine, first_row=first_row), state
         return built
 
-    def _engine(self, stage: str, part: Part) -> tuple[Engine, str]:
+    def _engine(self, job: Job) -> tuple[Engine, str]:
+        stage, part = job.stage, job.part
         fields = stage_fields(part.manifest, part.stage, part.graph, self.backend)
         key = key_of(fields)
         with self.cache.making(key, f"the {stage} engine", self.report) as work:
@@ -57,7 +62,7 @@ class Builder:
             if cached is not None and not self.rebuild:
                 self.report(f"{stage}: {self.backend.name} engine from the cache")
                 return cached, "cached"
-            engine = self._compiled(stage, part, fields, work)
+            engine = self._compiled(job, fields, work)
         remember_timing(engine, self.backend, self.cache, self.report)
         if cached is None:
             return engine, "built"
@@ -65,11 +70,11 @@ class Builder:
         self.report(f"{stage}: {_comparison(cached, engine)}")
         return engine, "identical" if is_identical else "different"
 
-    def _compiled(self, stage: str, part: Part, fields: Fields, work: Path) -> Engine:
+    def _compiled(self, job: Job, fields: Fields, work: Path) -> Engine:
         """Compile, and publish the entry in the cache, whose lock is held."""
-        backend, graph, cache = self.backend, part.graph, self.cache
+        stage, part, backend, cache = job.stage, job.parts[0], self.backend, self.cache
         started = time.perf_counter()
-        onnx_path = resolve(part.folder, graph.files[0])
+        onnx_path, graph = _graph_of(job, work)
         _check_graph(onnx_path, graph, None if part.stage == "text" else part.manifest.precision)
         seed_timing(key_of(fields), backend, self.published, cache, work)
         progress = Progress(self.report, stage, expected_s=expected_seconds(backend, part.stage, graph, cache))
@@ -92,6 +97,25 @@ class Builder:
         mib = sum(reference.num_bytes for reference in engine.files) / 2**20
         self.report(f"{stage}: {backend.name} engine built in {seconds:.1f} s, {mib:.1f} MiB")
         return engine
+
+
+def _graph_of(job: Job, work: Path) -> tuple[Path, Graph]:
+    """The graph to compile; that of several step counts is written into a folder in `work`, its weights beside it."""
+    part = job.part
+    if len(job.parts) == 1:
+        return resolve(part.folder, part.graph.files[0]), part.graph
+    from nitro_engines.backends.onnx_join import join_graphs  # here, as below
+
+    graphs, folder = [each.graph.files[0] for each in job.parts], work / "joined"
+    weights = tuple(reference for reference in part.graph.files if reference not in graphs)
+    joined = folder / f"denoise-{'-'.join(str(num_steps_of(each.stage)) for each in job.parts)}.onnx"
+    with storage_errors(f"joining the denoisers of {job.stage}", work):
+        folder.mkdir()
+        join_graphs([resolve(part.folder, reference) for reference in graphs], joined)
+        for reference in weights:
+            link_or_copy(resolve(part.folder, reference), folder / reference.path)
+        written = FileRef(path=joined.name, sha256=sha256_of(joined), num_bytes=joined.stat().st_size)
+    return joined, dataclasses.replace(part.graph, files=(written, *weights))
 
 
 def _comparison(before: Engine, now: Engine) -> str:

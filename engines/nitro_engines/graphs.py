@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,29 @@ class Part:
     folder: Path
     manifest: GraphsManifest
     graph: Graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One engine that a bundle needs. Denoisers of several step counts are one engine, which holds the weights once."""
+
+    stage: str
+    """For people: `text`, `denoise/1,2,4`, `denoise/1,2,4@1024`, `decode`."""
+    parts: tuple[Part, ...]
+    """By step count, the least first; of text and decode just one."""
+    first_rows: dict[str, int]
+    """Stage of the bundle that it serves -> row of the engine's step tables where that stage's steps begin."""
+
+    @property
+    def part(self) -> Part:
+        """All of them as one, with the files of every graph."""
+        first = self.parts[0]
+        if len(self.parts) == 1:
+            return first
+        files = tuple(dict.fromkeys(reference for part in self.parts for reference in part.graph.files))
+        return dataclasses.replace(
+            first, stage=self.stage.partition("@")[0], graph=dataclasses.replace(first.graph, files=files)
+        )
 
 
 def read_graphs(graphs: Path) -> GraphsManifest:
@@ -82,6 +106,34 @@ def parts_of(folders: Sequence[Path], stages_from: Mapping[str, Path]) -> dict[s
         graphs = dict(graphs_of(manifests[folder]))
         parts[stage] = Part(stage=stage, folder=folder, manifest=manifests[folder], graph=graphs[stage])
     return parts
+
+
+def jobs_of(parts: Mapping[str, Part]) -> list[Job]:
+    """The engines to build, in the order of `parts`: one for each, but for denoisers of one folder, which share one."""
+    groups: dict[tuple[Path, str], dict[str, Part]] = {}
+    for stage, part in parts.items():
+        groups.setdefault((part.folder, part.stage.partition("/")[0]), {})[stage] = part
+    return [_job(group) for group in groups.values()]
+
+
+def _job(group: Mapping[str, Part]) -> Job:
+    ordered = sorted(group.items(), key=lambda item: num_steps_of(item[1].stage))
+    kind, _, at_size = ordered[0][0].partition("@")
+    counts = ",".join(str(num_steps_of(part.stage)) for _, part in ordered)
+    first_rows, row = {}, 0
+    for stage, part in ordered:
+        first_rows[stage] = row
+        row += num_steps_of(part.stage)
+    return Job(
+        stage=(kind if len(ordered) == 1 else f"denoise/{counts}") + (f"@{at_size}" if at_size else ""),
+        parts=tuple(part for _, part in ordered),
+        first_rows=first_rows,
+    )
+
+
+def num_steps_of(stage: str) -> int:
+    """`denoise/4` -> 4; 0 for stages that are the same for every step count."""
+    return int(stage.partition("/")[2] or 0)
 
 
 def sized_stage(stage: str, size_px: int, first_px: int) -> str:

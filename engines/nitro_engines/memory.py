@@ -199,7 +199,10 @@ def plan_memory(
             steps += [_parent("calibrating", networks, watched), _quantise(networks)]
     if gated:
         steps.append(_parent("drawing the references", networks, activations))
-    to_build = [stage for stage in ("text", *(f"denoise/{count}" for count in num_steps), "decode") if stage not in built]
+    denoisers = {f"denoise/{count}" for count in num_steps} - built
+    # One engine for all step counts, with the weights once.
+    denoise = [f"denoise/{','.join(map(str, num_steps))}"] if denoisers else []
+    to_build = [stage for stage in ("text", *denoise, "decode") if stage not in built]
     steps += [_build(backend, stage, weights) for stage in to_build]
     if on_cpu or (gated and backend not in BUILT_WHERE_THEY_RUN):
         # Where the bundle's own engines cannot run here, the gate runs its graphs on OpenVINO.

@@ -12,7 +12,7 @@ from nitro_engines.backends import Backend, load_backend
 from nitro_engines.backends.rtx_targets import check_precision
 from nitro_engines.cache import EngineCache
 from nitro_engines.fields import backend_fields, bundle_fields, stage_fields
-from nitro_engines.graphs import GRAPH_DTYPES, Part, graphs_of, parts_of, read_graphs, sized_stage
+from nitro_engines.graphs import GRAPH_DTYPES, Part, graphs_of, jobs_of, parts_of, read_graphs, sized_stage
 from nitro_engines.keys import Difference, Fields, differences, key_of, nearest
 from nitro_engines.memory import GIB, MemoryForecast, plan_memory
 from nitro_engines.models import ModelSource, resolve_model
@@ -147,7 +147,7 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
         stages = dict.fromkeys(_stage_names(prepared.request), "unknown")
     else:
         fields = bundle_fields(parts, prepared.backend)
-        stages = {stage: _state(part, prepared, cache) for stage, part in parts.items()}
+        stages = _states(parts, prepared, cache)
     engine_key = key_of(fields) if complete else None
     built = cache.known_builds()
     if not complete:  # compare what can be compared
@@ -262,18 +262,28 @@ def _parts(prepared: Preparation, cache: EngineCache) -> dict[str, Part]:
     return parts_of([cache.graphs / prepared.graphs_key(size_px) for size_px in prepared.request.sizes_px], {})
 
 
-def _state(part: Part, prepared: Preparation, cache: EngineCache) -> str:
-    if not cache.has(key_of(stage_fields(part.manifest, part.stage, part.graph, prepared.backend))):
-        return "build"
-    return "build again" if prepared.request.rebuild else "cached"
+def _states(parts: Mapping[str, Part], prepared: Preparation, cache: EngineCache) -> dict[str, str]:
+    cached = _cached_stages(parts, prepared, cache)
+    again = "build again" if prepared.request.rebuild else "cached"
+    return {stage: again if stage in cached else "build" for stage in parts}
+
+
+def _cached_stages(parts: Mapping[str, Part], prepared: Preparation, cache: EngineCache) -> frozenset[str]:
+    found: set[str] = set()
+    for job in jobs_of(parts):
+        part = job.part
+        if cache.has(key_of(stage_fields(part.manifest, part.stage, part.graph, prepared.backend))):
+            found |= job.first_rows.keys()
+    return frozenset(found)
 
 
 def _built_stages(manifest: GraphsManifest | None, prepared: Preparation, cache: EngineCache) -> frozenset[str]:
     """Stages of one size whose engines are taken from the cache."""
     if manifest is None or prepared.request.rebuild:
         return frozenset()
-    fields = {stage: stage_fields(manifest, stage, graph, prepared.backend) for stage, graph in graphs_of(manifest)}
-    return frozenset(stage for stage, found in fields.items() if cache.has(key_of(found)))
+    folder = cache.graphs / prepared.graphs_key(manifest.size_px)
+    parts = {stage: Part(stage=stage, folder=folder, manifest=manifest, graph=graph) for stage, graph in graphs_of(manifest)}
+    return _cached_stages(parts, prepared, cache)
 
 
 def _stage_names(request: BuildRequest) -> tuple[str, ...]:

@@ -112,8 +112,6 @@ class IExecutionContext:
             return "there is no such stream"
         if simulation.fails("execute"):
             return "asked to"
-        if not engine._is_whole:
-            return "the engine's weights are stripped and not refitted"
         missing = [name for name in engine._tensors if not self._addresses.get(name)]
         if missing:
             return f"no address is set for {', '.join(missing)}"

@@ -51,7 +51,6 @@ class ICudaEngine:
             if info.name not in weight_names
         }
         engine._session: onnxruntime.InferenceSession | None = None
-        engine._is_whole = not header.stripped
         engine._state = cls._simulation.memory.allocate_internal("an engine's weights").address
         cls._simulation.born(engine)
         return engine
@@ -83,9 +82,7 @@ class ICudaEngine:
         return "Unnamed Network 0"
 
     def get_engine_stat(self, stat: real.EngineStat = real.EngineStat.TOTAL_WEIGHTS_SIZE) -> int:
-        if stat == real.EngineStat.STRIPPED_WEIGHTS_SIZE and not self._header.stripped:
-            return -1
-        return len(self._graph)
+        return -1 if stat == real.EngineStat.STRIPPED_WEIGHTS_SIZE else len(self._graph)
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._tensors)[index]

@@ -1,7 +1,6 @@
 """Simulated plan files, and bundles of them made from bundles of ONNX graphs.
 
-A plan is `HEADER_BYTES` of header (a line of magic, a line of JSON, spaces) and the graph, whole, as ONNX. In a stripped plan
-the float weights of the graph are gone; they come back through a refitter.
+A plan is `HEADER_BYTES` of header (a line of magic, a line of JSON, spaces) and the graph, whole, as ONNX.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class PlanHeader:
     scratch_bytes: int
     """Device memory that an execution needs for itself."""
     refittable: bool
-    stripped: bool
     duration_ms: float
     """What an execution takes on the device's clock."""
     min_driver_version: int
@@ -57,24 +55,18 @@ def write_plan(
     compute_capabilities: tuple[str, ...] = ("8.9",),
     scratch_bytes: int = 4096,
     refittable: bool = False,
-    stripped: bool = False,
     duration_ms: float = 1.0,
     min_driver_version: int = 13000,
 ) -> bytes:
     """A plan that runs an ONNX graph, whose external weights it takes in."""
     model = whole_graph(graph) if isinstance(graph, Path) else onnx.load_from_string(graph)
-    if stripped:
-        for tensor in model.graph.initializer:
-            if tensor.data_type in FLOATS:
-                _strip(tensor)
     content = model.SerializeToString(deterministic=True)
     header = PlanHeader(
         backend=backend,
         version=version or VERSIONS[backend],
         compute_capabilities=compute_capabilities,
         scratch_bytes=scratch_bytes,
-        refittable=refittable or stripped,
-        stripped=stripped,
+        refittable=refittable,
         duration_ms=duration_ms,
         min_driver_version=min_driver_version,
         graph_bytes=len(content),
@@ -118,14 +110,11 @@ def read_graph(header: PlanHeader, content: bytes) -> bytes:
     return graph
 
 
-def device_bundle(
-    source: Path, out: Path, *, backend: str = "tensorrt-rtx", targets: str = "sm89", stripped: bool = False, **plan: Any
-) -> Path:
+def device_bundle(source: Path, out: Path, *, backend: str = "tensorrt-rtx", targets: str = "sm89", **plan: Any) -> Path:
     """A bundle of simulated plans, made from a bundle whose engines are ONNX graphs.
 
     Args:
         targets: `sm89`, or several with spaces between.
-        stripped: the denoisers are stripped plans, with the graph that holds their weights beside them (`weights: refit`).
         plan: passed on to `write_plan`.
     """
     manifest = m.from_json(m.BundleManifest, (source / m.BUNDLE_FILE).read_text(encoding="utf-8"), where=str(source))
@@ -133,18 +122,13 @@ def device_bundle(
     files.mkdir(parents=True)
     capabilities = tuple(f"{name[2:-1]}.{name[-1]}" for name in targets.split())
 
-    def as_plan(engine: m.Engine, is_stripped: bool = False) -> m.Engine:
-        graph = whole_graph(source / engine.files[0].path)
-        content = graph.SerializeToString(deterministic=True)
-        written = write_plan(content, backend=backend, compute_capabilities=capabilities, stripped=is_stripped, **plan)
-        stored = [_store(files, written, ".plan")]
-        if is_stripped:
-            stored.append(_store(files, content, ".onnx"))
-        options = {"weights": "refit"} if is_stripped else {}
-        return dataclasses.replace(engine, backend=backend, files=tuple(stored), options=options)
+    def as_plan(engine: m.Engine) -> m.Engine:
+        content = whole_graph(source / engine.files[0].path).SerializeToString(deterministic=True)
+        written = write_plan(content, backend=backend, compute_capabilities=capabilities, **plan)
+        return dataclasses.replace(engine, backend=backend, files=(_store(files, written, ".plan"),), options={})
 
     def as_plans(engines: m.BundleManifest | m.SizeEngines) -> dict[str, Any]:
-        denoise = {steps: as_plan(engine, stripped) for steps, engine in engines.denoise.items()}
+        denoise = {steps: as_plan(engine) for steps, engine in engines.denoise.items()}
         return {"denoise": denoise, "decode": as_plan(engines.decode)}
 
     for reference in (*(spec.file for spec in manifest.tokenizers), *(picture.file for picture in manifest.references)):
@@ -169,9 +153,3 @@ def _store(files: Path, content: bytes, suffix: str) -> m.FileRef:
     digest = hashlib.sha256(content).hexdigest()
     (files / f"{digest}{suffix}").write_bytes(content)
     return m.FileRef(path=f"files/{digest}{suffix}", sha256=digest, num_bytes=len(content))
-
-
-def _strip(tensor: onnx.TensorProto) -> None:
-    assert not uses_external_data(tensor)
-    for field in ("raw_data", "float_data", "int32_data"):
-        tensor.ClearField(field)

@@ -150,7 +150,6 @@ def tensorrt_module(simulation: Simulation, backend: str) -> SimpleNamespace:
         "IExecutionContext": contexts.RtxExecutionContext if is_rtx else contexts.IExecutionContext,
         "IRuntimeConfig": runtime_cache.RtxRuntimeConfig if is_rtx else runtime_cache.IRuntimeConfig,
         "Refitter": refit.Refitter,
-        "OnnxParserRefitter": refit.OnnxParserRefitter,
     }
     if is_rtx:
         kinds["IRuntimeCache"] = runtime_cache.IRuntimeCache

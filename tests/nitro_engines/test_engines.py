@@ -16,7 +16,7 @@ from nitro_engines.backends.base import SEED_TIMING
 from nitro_engines.bundle import bundle_from_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.engines import Builder
-from nitro_engines.graphs import parts_of
+from nitro_engines.graphs import jobs_of, parts_of
 from nitro_engines.history import expected_seconds, timing_of
 from nitro_rt.manifest import Graph
 
@@ -68,6 +68,41 @@ def test_each_engine_begins_with_the_newest_timing_cache(parts: Any, cache: Engi
     other = TimingBackend(gpu="NVIDIA H200")
     Builder(backend=other, cache=cache).build({"text": parts["text"]})
     assert other.began_with == [""]  # measured on another GPU, the times are worth nothing
+
+
+def test_step_counts_share_one_engine(make_graphs: MakeGraphs, cache: EngineCache, backend: Any) -> None:
+    parts = parts_of((make_graphs(steps=(1, 2, 4), external=True),), {})
+    first, second = (Builder(backend=backend, cache=cache).build(parts) for _ in range(2))
+    assert backend.compiled == ["text", "denoise-1-2-4", "decode"]
+    one, two, four = (first.engines[f"denoise/{count}"] for count in (1, 2, 4))
+    assert one.files == two.files == four.files and one.key == four.key
+    assert (one.first_row, two.first_row, four.first_row) == (0, 1, 3)
+    assert first.states == dict.fromkeys(parts, "built") and second.states == dict.fromkeys(parts, "cached")
+    assert first.engines == second.engines and list(first.seconds) == ["text", "denoise/1,2,4", "decode"]
+    fewer = parts_of((make_graphs("fewer", steps=(1, 4), external=True),), {})
+    others = Builder(backend=backend, cache=cache).build(fewer)
+    assert others.engines["denoise/4"].first_row == 1 and others.engines["denoise/4"].key != four.key
+    assert backend.compiled[3:] == ["denoise-1-4"]
+
+
+def test_each_folder_and_size_has_its_own_denoiser(make_graphs: MakeGraphs, cache: EngineCache) -> None:
+    small, large = make_graphs(steps=(1, 2)), make_graphs("large", steps=(1, 2), size_px=64)
+    stages = [list(job.first_rows) for job in jobs_of(parts_of((small, large), {}))]
+    assert stages == [
+        ["text"],
+        ["denoise/1", "denoise/2"],
+        ["decode"],
+        ["denoise/1@64", "denoise/2@64"],
+        ["decode@64"],
+    ]
+    elsewhere = make_graphs("elsewhere", steps=(1, 2))
+    jobs = jobs_of(parts_of((small,), {"denoise/2": elsewhere}))
+    assert [(job.stage, job.first_rows) for job in jobs] == [
+        ("text", {"text": 0}),
+        ("denoise/1", {"denoise/1": 0}),
+        ("denoise/2", {"denoise/2": 0}),
+        ("decode", {"decode": 0}),
+    ]
 
 
 def test_a_rebuild_begins_with_the_engines_own(parts: Any, cache: EngineCache) -> None:

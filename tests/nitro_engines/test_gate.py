@@ -142,7 +142,7 @@ def test_what_was_measured_is_not_measured_again(
     ("name", "tensor", "change"),
     [
         ("decode", "kernel", lambda weights: weights * 1.5),
-        ("denoise-2", "kernel_out", lambda weights: weights[:, ::-1]),
+        ("denoise-2", "alpha_N", lambda alpha: alpha * -3),
         ("text", "projection", lambda weights: weights * 4),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_bundle_with_a_damaged_layer_is_not_published(
 
 
 def test_a_loss_that_is_allowed_is_recorded(graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path) -> None:
-    damaged = edit_weights(graphs, "denoise-2", "kernel_out", lambda weights: weights[:, ::-1])
+    damaged = edit_weights(graphs, "denoise-2", "alpha_N", lambda alpha: alpha * -3)
     allowing, lines = dataclasses.replace(gate, allow_quality_loss=True), []
     out = bundle_from_graphs(damaged, tmp_path / "out", load_backend("onnxruntime"), cache, lines.append, gate=allowing).out
     entries = open_bundle(out).manifest.quality_gate

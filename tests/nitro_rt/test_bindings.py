@@ -68,7 +68,7 @@ RTX_ONLY = {
 
 BUILDING = set(
     """Builder BuilderFlag EngineInspector IBuilderConfig ILayer INetworkDefinition ITensor LayerInformationFormat LayerType
-    NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag OnnxParserRefitter ParserError""".split()
+    NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag ParserError""".split()
 )
 """Classes that the lean runtime leaves out and TensorRT proper has; its own bindings are asked where they are installed."""
 

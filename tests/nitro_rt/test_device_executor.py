@@ -271,15 +271,6 @@ def test_a_cache_that_cannot_be_kept_is_said(onnx_bundle: Path, tmp_path: Path) 
     assert "the compiled kernels are not kept" in executor.notes[-1] and not list(tmp_path.glob("*.new"))
 
 
-def test_plans_without_weights_take_them_from_the_graph_beside_them(onnx_bundle: Path, expected: Any, tmp_path: Path) -> None:
-    world = simulated("tensorrt")
-    executor = opened(world, world.bundle(onnx_bundle, tmp_path / "b", stripped=True))
-    executor.prepare(2, SIZE)
-    world.assert_same(executor.draw(2, SIZE, *inputs(executor._bundle, 2, 7)).images_BHWC, expected(2, 7).images_BHWC)
-    executor.close()
-    assert not world.open_things()
-
-
 def test_refitting_is_reversible(onnx_bundle: Path, expected: Any, tmp_path: Path) -> None:
     """A, B and A again: the same image as the first, also in a denoiser that is loaded between."""
     world = simulated("tensorrt")

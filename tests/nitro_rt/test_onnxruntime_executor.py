@@ -130,7 +130,7 @@ def test_engines_are_loaded_once_and_let_go(executors: Any) -> None:
     by_values, _ = executors
     assert by_values.prepare(2, 32) and not by_values.prepare(2, 32) and by_values.prepare(2, 64)
     sized = by_values._sized[32]
-    sessions = [weakref.ref(session) for session in (by_values._text, sized.decode, *sized.denoisers.values())]
+    sessions = [weakref.ref(session) for session in (by_values._text, sized.decode, *sized.loaded.values())]
     by_values.close()
     by_values.close()
     del sized, by_values._text

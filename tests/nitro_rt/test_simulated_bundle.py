@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from cudasim import device_bundle, simulate
 from nitro_rt.bundle import open_bundle
 
 
-@pytest.mark.parametrize("stripped", [False, True])
-def test_a_bundle_of_graphs_becomes_a_bundle_of_plans(make_bundle, tmp_path: Path, stripped: bool) -> None:  # type: ignore[no-untyped-def]
+def test_a_bundle_of_graphs_becomes_a_bundle_of_plans(make_bundle, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     graphs = make_bundle(tmp_path / "graphs", backend="onnxruntime", more_sizes_px=(64,))
-    bundle = open_bundle(device_bundle(graphs, tmp_path / "plans", targets="sm86 sm89", stripped=stripped))
+    bundle = open_bundle(device_bundle(graphs, tmp_path / "plans", targets="sm86 sm89"))
     bundle.verify()
     assert bundle.backend == "tensorrt-rtx" and bundle.manifest.engine_key != open_bundle(graphs).manifest.engine_key
     assert bundle.manifest.target == {"device": "cuda", "targets": "sm86 sm89", "compute_capabilities": "8.6 8.9"}
@@ -25,6 +22,6 @@ def test_a_bundle_of_graphs_becomes_a_bundle_of_plans(make_bundle, tmp_path: Pat
         loaded = runtime.deserialize_cuda_engine(bundle.path(engine.files[0]).read_bytes())
         names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
         assert names == [spec.name for spec in (*engine.inputs, *engine.outputs)]
-        assert loaded.refittable == (stripped and stage.startswith("denoise"))
+        assert not loaded.refittable
         stages.append(stage)
     assert "decode@64" in stages and len(stages) == 7
