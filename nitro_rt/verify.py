@@ -14,7 +14,7 @@ from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
-from nitro_rt.references import compare_with_parent, limits_here, references_at, result_of, with_steps
+from nitro_rt.references import compare_with_parent, limits_here, references_at, result_of
 
 SMOKE_PROMPT, SMOKE_SEED = "a red apple", 0
 
@@ -53,8 +53,8 @@ def _drawings(bundle: Bundle) -> Iterator[Check]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ComputeTypeDiffers)
             for size_px in bundle.manifest.sizes_px:
-                for num_steps in bundle.built_steps:
-                    with Pipeline.of(with_steps(bundle.at_size(size_px), num_steps)) as pipe:
+                with Pipeline.of(bundle.at_size(size_px)) as pipe:
+                    for num_steps in bundle.built_steps:
                         at = f"{_steps(num_steps)}{f', {size_px} px' if len(bundle.manifest.sizes_px) > 1 else ''}"
                         yield _smoke_image(pipe, num_steps, at)
                         yield _quality(pipe, num_steps, at)

@@ -28,7 +28,7 @@ from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, EngineM
 from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, SizeEngines, from_json
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
 from nitro_rt.providers import GPU_PROVIDERS, provider_of
-from nitro_rt.quality import Comparison, QualityResult, limits_of
+from nitro_rt.quality import QualityResult, limits_of
 from nitro_rt.references import compare_with_parent, with_steps
 
 _JUDGES = (__file__, nitro_rt.quality.__file__, nitro_rt.references.__file__)
@@ -144,20 +144,20 @@ def _measured(
 ) -> Iterator[QualityResult]:
     with _runnable(bundle, compile_on, cache, work, report) as runnable:
         for size_px in bundle.sizes_px:
-            for num_steps in runnable.built_steps:
-                with foreign_errors("judging the bundle", work), warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ComputeTypeDiffers)
-                    with Pipeline.of(with_steps(runnable.at_size(size_px), num_steps)) as pipe:
-                        comparison, dtypes = compare_with_parent(pipe, num_steps), pipe.compute_dtypes
-                result = _result(runnable.engines_at(size_px), num_steps, comparison, runnable, dtypes)
-                # The first size is written as 0 in a manifest: most bundles have no other.
-                yield result if size_px == bundle.sizes_px[0] else dataclasses.replace(result, size_px=size_px)
+            with foreign_errors("judging the bundle", work), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ComputeTypeDiffers)
+                with Pipeline.of(runnable.at_size(size_px)) as pipe:
+                    results = [_judged_at(pipe, num_steps) for num_steps in runnable.built_steps]
+            # The first size is written as 0 in a manifest: most bundles have no other.
+            yield from (
+                dataclasses.replace(result, size_px=0 if size_px == bundle.sizes_px[0] else size_px) for result in results
+            )
 
 
-def _result(
-    sized: SizeEngines, num_steps: int, comparison: Comparison, runnable: Bundle, dtypes: dict[str, str]
-) -> QualityResult:
-    engines = (runnable.manifest.text, sized.denoise[num_steps], sized.decode)
+def _judged_at(pipe: Pipeline, num_steps: int) -> QualityResult:
+    comparison, manifest = compare_with_parent(pipe, num_steps), pipe.bundle.manifest
+    dtypes = {stage: pipe.compute_dtypes[stage] for stage in ("text", f"denoise/{num_steps}", "decode")}
+    engines = (manifest.text, manifest.denoise[num_steps], manifest.decode)
     limits = limits_of((engine.precision for engine in engines), dtypes.values())
     return QualityResult(
         num_steps=num_steps,
@@ -167,7 +167,7 @@ def _result(
         limits=limits,
         passed=comparison.passes(limits),
         loss_allowed=False,
-        judged_on=runnable.backend,
+        judged_on=pipe.bundle.backend,
         compute_dtypes=dtypes,
     )
 
