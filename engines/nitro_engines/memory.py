@@ -161,6 +161,7 @@ def plan_memory(
     batch: int,
     backend: str,
     compute_dtype: str,
+    provider: str | None = None,
     targets: tuple[str, ...] = (),
     cache_root: Path,
     exported: bool = False,
@@ -175,6 +176,7 @@ def plan_memory(
         num_steps: the step counts that the bundle serves.
         backend: openvino, onnxruntime, tensorrt or tensorrt-rtx.
         compute_dtype: what the backend computes in on its target.
+        provider: what ONNX Runtime runs on; None stands for cpu.
         cache_root: where files are written.
         exported: the graphs are in the cache already.
         built: stages whose engines are: `text`, `denoise/1`, ..., `decode`.
@@ -188,7 +190,7 @@ def plan_memory(
     floats = {stage: count * WEIGHT_BYTES["fp16" if quantised else precision] for stage, count in numbers.items()}
     weights = {stage: count if quantised and stage != "text" else floats[stage] for stage, count in numbers.items()}
     activations = activation_numbers(checkpoint, size_px=size_px, batch=batch)
-    on_cpu = backend not in RUNTIMES
+    on_cpu = backend not in RUNTIMES and provider in (None, "cpu")
     width = FLOAT_BYTES[compute_dtype]
     steps: list[Step] = []
     if not exported:

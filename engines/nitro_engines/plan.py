@@ -191,6 +191,7 @@ def forecast(
                 size_px=size_px,
                 batch=request.batch,
                 backend=backend.name,
+                provider=request.provider,
                 compute_dtype=backend.compute_dtype(GRAPH_DTYPES[request.precision]),
                 targets=request.targets,
                 cache_root=cache.root,

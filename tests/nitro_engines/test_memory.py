@@ -110,6 +110,20 @@ def test_the_plan_of_sdxl_is_what_was_measured(tmp_path: Path, sdxl: Path) -> No
     assert not plan_memory(checkpoint, backend="openvino", compute_dtype="float32", **options | {"available": 8 * GIB}).fits  # type: ignore[arg-type]
 
 
+def test_onnxruntime_on_a_gpu_needs_the_gpus_memory(tmp_path: Path, sdxl: Path) -> None:
+    checkpoint = read_checkpoint(sdxl)
+    options = {"precision": "fp16", "num_steps": (1,), "size_px": 1024, "batch": 1, "cache_root": tmp_path, "gated": True}
+    found = {
+        provider: plan_memory(checkpoint, backend="onnxruntime", compute_dtype="float16", provider=provider, **options)  # type: ignore[arg-type]
+        for provider in ("cpu", "cuda", "tensorrt")
+    }
+    assert found["cpu"].gpu_bytes is None
+    assert found["cuda"].gpu_bytes == found["tensorrt"].gpu_bytes == pytest.approx(9.4 * GIB, rel=0.1)
+    assert any(line.startswith("GPU ") for line in found["cuda"].lines())
+    # Judged on the CPU where the GPU is not here.
+    assert [forecast.steps[-1].name for forecast in found.values()] == ["running on this CPU"] * 3
+
+
 def test_new_bytes_on_disk(tmp_path: Path, sdxl: Path) -> None:
     """Links take nothing; a quantised network does, and a plan, which all step counts share."""
 
