@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ CUDA_GRAPHS = ("auto", "capture", "runtime", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """How a bundle of GPU engines is run; a bundle that runs on the host takes none."""
+    """How a bundle of GPU engines is run. Of bundles that run on the host, OpenVINO's take `runtime_cache`, others none."""
 
     device: int = 0
     """CUDA's number of the GPU."""
@@ -42,7 +43,7 @@ class DeviceOptions:
     verify_capture: bool = True
     """Compare a graph's first replay with the engines run one by one, when it is loaded."""
     runtime_cache: bool = True
-    """Keep what TensorRT-RTX compiles for this GPU in a file beside the bundle."""
+    """Keep what TensorRT-RTX compiles for this GPU, or OpenVINO for this CPU, beside the bundle."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for the first option that is wrong."""
@@ -91,6 +92,8 @@ def open_executor(bundle: Bundle, options: DeviceOptions | None = None) -> Execu
 
     Raises: BackendUnavailable if its library or device is not here; EngineMismatch if it cannot load the engines;
         ConfigError if options of a GPU are given for a bundle that runs on the host.
+
+    Without options OpenVINO keeps nothing: builds and checks open bundles that have no place of their own yet.
     """
     if bundle.backend in DEVICE_BACKENDS:
         from nitro_rt.device_executor import DeviceExecutor
@@ -102,22 +105,28 @@ def open_executor(bundle: Bundle, options: DeviceOptions | None = None) -> Execu
     if factory is None:
         known = ", ".join((*EXECUTORS, *DEVICE_BACKENDS))
         raise BundleError(f"{bundle.folder} is for the backend {bundle.backend!r}; this nitro-rt runs {known}")
-    if options not in (None, DeviceOptions()):
+    taken = (DeviceOptions(), DeviceOptions(runtime_cache=False)) if bundle.backend == "openvino" else (DeviceOptions(),)
+    if options is not None and options not in taken:
         raise ConfigError(f"{bundle.folder} runs on {bundle.backend}, not on a GPU; leave {options} out")
-    return factory(bundle)
+    return factory(bundle, options)
 
 
-def _openvino(bundle: Bundle) -> Executor:
+def _openvino(bundle: Bundle, options: DeviceOptions | None) -> Executor:
     try:
+        from nitro_rt.openvino_cache import ModelCache, model_cache_folder
         from nitro_rt.openvino_session import OpenVinoSession
     except ImportError as exc:
         raise BackendUnavailable(f"{bundle.folder} runs on OpenVINO, {exc}; pip install 'nitro-rt[cpu]'") from exc
     from nitro_rt.host_executor import HostExecutor
 
-    return HostExecutor(bundle, OpenVinoSession)
+    if options is None or not options.runtime_cache:
+        return HostExecutor(bundle, OpenVinoSession)
+    notes: list[str] = []
+    cache = ModelCache(model_cache_folder(bundle.folder), notes)
+    return HostExecutor(bundle, partial(OpenVinoSession, cache=cache), notes)
 
 
-def _onnxruntime(bundle: Bundle) -> Executor:
+def _onnxruntime(bundle: Bundle, _: DeviceOptions | None) -> Executor:
     try:
         from nitro_rt.onnxruntime_session import OnnxRuntimeSession
     except ImportError as exc:
@@ -135,14 +144,14 @@ def _onnxruntime_on_gpu(bundle: Bundle, options: DeviceOptions | None) -> Execut
     return OnnxRuntimeExecutor(bundle, options)
 
 
-def _reference(bundle: Bundle) -> Executor:
+def _reference(bundle: Bundle, _: DeviceOptions | None) -> Executor:
     from nitro_rt.host_executor import HostExecutor
     from nitro_rt.reference_session import ReferenceSession
 
     return HostExecutor(bundle, ReferenceSession)
 
 
-EXECUTORS: dict[str, Callable[[Bundle], Executor]] = {
+EXECUTORS: dict[str, Callable[[Bundle, DeviceOptions | None], Executor]] = {
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
     "reference": _reference,

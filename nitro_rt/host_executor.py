@@ -23,11 +23,12 @@ class HostExecutor:
     and step count are first prepared, so a bundle of several takes the memory of those that are used.
     """
 
-    def __init__(self, bundle: Bundle, open_session: SessionFactory) -> None:
+    def __init__(self, bundle: Bundle, open_session: SessionFactory, notes: list[str] | None = None) -> None:
+        """`notes`: where `open_session` adds what a user should know."""
         self._bundle, self._open_session = bundle, open_session
         self._sessions = ExitStack()
         self._sized: dict[int, _Sized] = {}
-        self._notes: list[str] = []
+        self._notes: list[str] = [] if notes is None else notes
         self._compute_dtypes: dict[str, str] = {}
         self._text_buffers = _allocate(bundle.manifest.text)
         try:

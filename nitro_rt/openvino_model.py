@@ -15,6 +15,7 @@ import numpy as np
 import openvino
 from openvino import Node, Type, opset13
 
+DEVICE = "CPU"
 NARROW = ("f16", "bf16")
 DECOMPRESSION = "decompression_0"
 """What OpenVINO calls the mark, in a node's runtime information."""
@@ -103,3 +104,9 @@ def _forget_inner_names(model: openvino.Model) -> None:
         for port in operation.outputs():
             if not port.get_names() & outputs:
                 port.get_tensor().set_names(set())
+
+
+def one_line(exc: Exception) -> str:
+    """OpenVINO's messages begin with source positions; the cause stands last."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(exc)

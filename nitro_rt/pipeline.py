@@ -70,8 +70,9 @@ class Pipeline:
         Args:
             max_queue: how many requests may wait beside those that are drawn, whatever their steps and size. A request is at
                 most one batch of images, so it waits for at most so many calls of the engines.
-            device, cuda_graphs, verify_capture, runtime_cache: see `nitro_rt.executor.DeviceOptions`; for bundles of GPU
-                engines only.
+            device, cuda_graphs, verify_capture: see `nitro_rt.executor.DeviceOptions`; for bundles of GPU engines only.
+            runtime_cache: keep what the engine's library compiles for this machine beside the bundle, and begin there the next
+                time; for bundles of TensorRT-RTX, TensorRT in ONNX Runtime, and OpenVINO.
         Warns: ComputeTypeDiffers where this machine computes in another type than the building one.
         Raises: ConfigError, ModelNotFound, BundleError, BackendUnavailable, EngineMismatch, ShapeError.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,6 +205,9 @@ def test_loading_many_bundles_in_turn_leaks_nothing(backend: str, make_bundle: A
     options = {"INFERENCE_PRECISION_HINT": "f32"} if backend == "openvino" else {}
     # 4 MiB of images per bundle: six bundles that stayed would show above the allocators' own few MiB of warm-up.
     folder = make_bundle(tmp_path / "bundle", backend=backend, batch=4, size_px=592, steps=(1,), options=options)
-    done = subprocess.run([sys.executable, "-c", LOADS, str(folder)], capture_output=True, text=True, timeout=120)
+    # One arena: else those of the loads' threads, 16 on two cores, each keep a few MiB until all of them are there.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", LOADS, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 16
