@@ -41,10 +41,10 @@ DIGEST_LENGTH = 64
 
 
 class ModelCache:
-    """The compiled models of one bundle, a file each, named by the graph.
+    """The compiled models of one bundle, a file for each stage.
 
-    Threads and processes may share the folder: a file is replaced whole. A file that is damaged, or of another OpenVINO, CPU
-    or nitro-rt, is noted and replaced. It is trusted as the bundle is: its digest guards against accidents, not attackers.
+    Threads and processes may share the folder: a file is replaced whole. One that is damaged, or of another engine, OpenVINO,
+    CPU or nitro-rt, is noted and replaced. It is trusted as the bundle is: its digest guards against accidents, not attackers.
     """
 
     def __init__(self, folder: Path, notes: list[str]) -> None:
@@ -67,7 +67,7 @@ class ModelCache:
         if properties is None:
             return compile_with(dict(engine.options))
         properties |= engine.options
-        file = self._folder / f"{engine.files[0].sha256}.blob"
+        file = self._folder / f"{stage.replace('/', '-')}.blob"
         key = _key(core, engine, sorted(properties))
         blob = self._read(stage, file, key)
         if blob is not None:
@@ -89,7 +89,7 @@ class ModelCache:
         if digest != _digest(kept_key, blob):
             self._note(f"what OpenVINO compiled for {stage} is cut or damaged ({file}); compiled again")
         elif kept_key != key:
-            self._note(f"another OpenVINO, CPU or nitro-rt compiled {stage} ({file}); compiled again for this one")
+            self._note(f"what is kept for {stage} is of another engine, OpenVINO, CPU or nitro-rt ({file}); compiled again")
         else:
             return blob
         return None

@@ -218,7 +218,7 @@ def test_what_another_machine_compiled_is_noted_not_loaded_and_replaced(name: st
         CHANGES[name](patch)
         patch.setattr(openvino.Core, "import_model", None)
         _output(stage, ModelCache(folder, notes))
-        assert len(notes) == 1 and "another OpenVINO, CPU or nitro-rt compiled decode" in notes[0]
+        assert len(notes) == 1 and "kept for decode is of another engine, OpenVINO, CPU or nitro-rt" in notes[0]
     with pytest.MonkeyPatch.context() as patch:
         CHANGES[name](patch)
         patch.setattr(openvino.Core, "compile_model", None)
@@ -234,7 +234,7 @@ def test_options_and_weights_decide_too(stage: Stage, tmp_path: Path, monkeypatc
     for other in (replace(engine, options=F32 | {"NUM_STREAMS": "2"}), replace(engine, files=(engine.files[0], weights))):
         notes: list[str] = []
         _output((other, paths), ModelCache(tmp_path / "kept", notes))
-        assert len(notes) == 1 and "another OpenVINO, CPU or nitro-rt" in notes[0]
+        assert len(notes) == 1 and "of another engine, OpenVINO, CPU or nitro-rt" in notes[0]
 
 
 def test_what_openvino_does_not_take_is_compiled_again(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ decode = bundle.manifest.decode
 paths = tuple(bundle.path(reference) for reference in decode.files)
 for _ in range(40):
     OpenVinoSession("decode", decode, paths, cache).close()
-print(sum("another OpenVINO, CPU or nitro-rt" in note for note in notes), len(notes))
+print(sum("of another engine, OpenVINO, CPU or nitro-rt" in note for note in notes), len(notes))
 """
 
 
@@ -325,8 +325,9 @@ def test_a_pipeline_keeps_it_beside_the_bundle(make_bundle: Any, tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
     with Pipeline.load(bundle) as pipe:
         assert np.array_equal(pipe(["a dog", "a pear"], seed=3, steps=2).array_BHWC, fresh)
-    graphs = {f"{engine.files[0].sha256}.blob" for _, engine in open_bundle(bundle).engines()}
-    assert {path.name for path in (tmp_path / "bundle.openvino").iterdir()} == graphs
+    num_engines = len({engine.files for _, engine in open_bundle(bundle).engines()})
+    names = sorted(path.name for path in (tmp_path / "bundle.openvino").iterdir())
+    assert len(names) == num_engines and {"decode.blob", "denoise-1.blob", "text.blob"} <= {*names}
     without("compile_model")
     with Pipeline.load(bundle) as pipe:
         result = pipe(["a dog", "a pear"], seed=3, steps=2)
