@@ -78,7 +78,7 @@ def _read_gpu() -> tuple[GpuState | None, str]:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
-        return None, f"{PACKAGE} is not installed; pip install {PACKAGE}"
+        return None, f"{PACKAGE} is not installed; pip install 'nitro-rt[bench]'"
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as exc:
