@@ -206,6 +206,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "cpu": lambda patch: patch.setattr(openvino_cache, "_cpu_features", lambda: "flags: other"),
     "number of cpus": lambda patch: patch.setattr(openvino_cache, "_num_cpus", lambda: [99, 99]),
     "openvino": lambda patch: patch.setattr(openvino, "__version__", "2026.4.9-other"),
+    "reader": lambda patch: patch.setattr(openvino_cache.openvino_model, "__file__", __file__),
 }
 
 
