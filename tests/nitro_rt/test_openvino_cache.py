@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper  # noqa: E402
 
-from nitro_rt import Pipeline, openvino_cache  # noqa: E402
+from nitro_rt import Pipeline, openvino_cache, openvino_model  # noqa: E402
 from nitro_rt.bundle import open_bundle  # noqa: E402
 from nitro_rt.errors import ConfigError  # noqa: E402
 from nitro_rt.executor import DeviceOptions, open_executor  # noqa: E402
@@ -206,7 +206,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "cpu": lambda patch: patch.setattr(openvino_cache, "_cpu_features", lambda: "flags: other"),
     "number of cpus": lambda patch: patch.setattr(openvino_cache, "_num_cpus", lambda: [99, 99]),
     "openvino": lambda patch: patch.setattr(openvino, "__version__", "2026.4.9-other"),
-    "reader": lambda patch: patch.setattr(openvino_cache.openvino_model, "__file__", __file__),
+    "reader": lambda patch: patch.setattr(openvino_model, "__file__", __file__),
 }
 
 
