@@ -504,7 +504,7 @@ def test_an_unknown_backend_is_named(bundle_folder: Path, edit_manifest: Callabl
 
 
 def test_another_compute_type_is_said(make_bundle: Any, tmp_path: Path) -> None:
-    folder = make_bundle(tmp_path / "bundle", compute_dtype="bfloat16", steps=(1, 2, 4))
+    folder = make_bundle(tmp_path / "bundle", compute_dtype="bfloat16", steps=(1, 2, 4), joined=False)
     with pytest.warns(ComputeTypeDiffers, match="built to compute in bfloat16; reference on this machine computes in float32"):
         pipeline = Pipeline.load(folder)
     with warnings.catch_warnings():
@@ -520,7 +520,7 @@ def test_another_compute_type_is_said(make_bundle: Any, tmp_path: Path) -> None:
 
 
 def test_a_warning_of_the_load_points_at_the_loader(make_bundle: Any, tmp_path: Path) -> None:
-    folder = make_bundle(tmp_path / "bundle", compute_dtype="bfloat16", steps=(1, 2))
+    folder = make_bundle(tmp_path / "bundle", compute_dtype="bfloat16", steps=(1, 2), joined=False)
     for load in (Pipeline.load, lambda folder: Pipeline.of(open_bundle(folder))):
         with pytest.warns(ComputeTypeDiffers) as caught:
             pipeline = load(folder)  # type: ignore[operator]
