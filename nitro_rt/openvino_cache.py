@@ -34,6 +34,10 @@ versions numbered an ONNX graph's constants in their place, and would draw from 
 LARGEST_BYTES = 1 << 26
 """Of what is kept: no engine's weights take disk a second time beyond this."""
 
+LARGEST_ENGINE_BYTES = 1 << 30
+"""Larger engines are not kept: packing their weights is most of their load, and the memory that exporting them takes was
+not measured."""
+
 ABANDONED_S = 3600.0
 """A half-written file of this age is of a process that was killed."""
 
@@ -130,11 +134,12 @@ def model_cache_folder(bundle: Path) -> Path:
 
 def _properties_to_keep(engine: Engine, paths: tuple[Path, ...]) -> dict[str, str] | None:
     """Properties with which an engine is compiled to be kept, and loaded again; None where it is not kept."""
+    num_bytes = sum(reference.num_bytes for reference in engine.files)
+    if num_bytes > LARGEST_ENGINE_BYTES:
+        return None
     if paths[0].suffix == ".onnx" and len(paths) == 2 and openvino.__version__.startswith(WEIGHTLESS):
         return {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(paths[1])}
-    if sum(reference.num_bytes for reference in engine.files) <= LARGEST_BYTES:
-        return {}
-    return None
+    return {} if num_bytes <= LARGEST_BYTES else None
 
 
 def _key(core: openvino.Core, engine: Engine, property_names: list[str]) -> bytes:

@@ -169,6 +169,13 @@ def test_a_large_one_of_several_weight_files_is_not_kept(tmp_path: Path, monkeyp
     assert notes == [] and not (tmp_path / "kept").exists()
 
 
+def test_an_engine_of_gigabytes_is_not_kept(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_cache, "LARGEST_ENGINE_BYTES", 1 << 10)
+    notes: list[str] = []
+    _output(stage, ModelCache(tmp_path / "kept", notes))
+    assert notes == [] and not (tmp_path / "kept").exists()
+
+
 def test_an_export_that_grew_is_not_kept(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_cache, "LARGEST_BYTES", 1 << 10)
     notes: list[str] = []
