@@ -111,7 +111,8 @@ def _protocol(config: BenchConfig, runs: Sequence[Run]) -> Protocol:
             "statistics": samples.RULE,
             "throughput": timing.THROUGHPUT_RULE,
             "peers": pairing.RULE,
-            "cold start": "fresh processes with warm files; from before the process exists to the first picture",
+            "cold start": "fresh processes, not the first on this machine: files are warm, and what a library compiles and "
+            "keeps was compiled; from before the process exists to the first picture",
             "floor": "operations at the measured rate of their type, or weights, inputs and outputs through memory: the larger",
         },
         images=max(run.summary["total"].num_samples for run in runs),

@@ -27,7 +27,7 @@ def html(report: BenchReport) -> str:
         ("Where the time goes", "Median of each stage.", bench_charts.waterfall(report)),
         ("Quality against latency", QUALITY_WORDS, bench_charts.quality(report)),
         ("Beside peers", PEER_WORDS, bench_charts.peers(report) + _peer_notes(report)),
-        ("From nothing to the first picture", "A fresh process with warm files.", bench_charts.starts(report)),
+        ("From nothing to the first picture", "A fresh process, not the first on this machine.", bench_charts.starts(report)),
         ("Footprint", "", bench_charts.footprint(report)),
         ("Throughput", "Images a second when several threads call one pipeline.", bench_charts.throughput(report)),
         ("Roofline", ceilings_sentence(report), bench_charts.roofline(report)),

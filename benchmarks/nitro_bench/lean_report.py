@@ -90,7 +90,8 @@ The two images {agree}. Backend: {report.backend}, computing in {report.compute_
 |---|---|---|---|
 {chr(10).join(rows)}
 {_busy_note(report.machine)}
-Medians of {report.num_rounds} processes per side, in turns, after one of each that is not counted: files and bytecode are warm.
+Medians of {report.num_rounds} processes per side, in turns, after one of each that is not counted: files and bytecode are warm,
+and what OpenVINO compiled is kept.
 nitro-rt: a fresh environment with the wheel of `nitro-rt[cpu]` only. diffusers: the packages that `diffusers[torch]` and
 `transformers` need (torch {theirs.packages.get("torch", "?")}), counted by their dependencies. Not in it: building the
 bundle, cold files, a GPU.

@@ -21,14 +21,14 @@ class Adapter:
         from nitro_bench.telemetry import read_state
         from nitro_rt import ComputeTypeDiffers, Pipeline
         from nitro_rt.bundle import open_bundle
-        from nitro_rt.executor import Executor, open_executor
+        from nitro_rt.executor import DeviceOptions, Executor, open_executor
         from nitro_rt.references import with_steps
 
         opened: list[Executor] = []
 
         def open_here() -> Executor:
             """Keeps the executor at hand, which can tell what a pipeline does not."""
-            opened.append(open_executor(only))
+            opened.append(open_executor(only, DeviceOptions()))  # as Pipeline.load: what was compiled once is kept
             return opened[0]
 
         gpu = read_state().gpu
