@@ -294,9 +294,13 @@ def test_what_fails_before_it_is_in_line_gives_its_place_back(
 def test_ctrl_c_takes_a_waiting_request_back(gated: Pipeline, watched: WatchedExecutor) -> None:
     me = threading.main_thread().ident
     assert me is not None
-    threading.Timer(0.1, signal.pthread_kill, (me, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        gated("a dog", steps=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    try:
+        threading.Timer(0.1, signal.pthread_kill, (me, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            gated("a dog", steps=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     gated.submit("a dog", seed=0)  # there is a place again
     watched.gate.set()
     gated("a dog", seed=0)
