@@ -43,9 +43,9 @@ class Pipeline:
 
     _worker: Worker | None = None
 
-    def __init__(self, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int) -> None:
+    def __init__(self, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int, size: int | None) -> None:
         """Use `Pipeline.load`."""
-        self.bundle = bundle
+        self.bundle, self._first_size_px = bundle, arguments.checked_size(size, bundle)
         self._open_executor, self._max_queue = open_executor, arguments.checked_max_queue(max_queue)
         self._tokenizers = tuple(Tokenizer(bundle.path(spec.file), spec) for spec in bundle.manifest.tokenizers)
         self._reopening = threading.Lock()
@@ -57,6 +57,7 @@ class Pipeline:
         cls,
         folder: str | os.PathLike[str],
         *,
+        size: int | None = None,
         max_queue: int = MAX_QUEUE,
         device: int = DeviceOptions.device,
         cuda_graphs: str = DeviceOptions.cuda_graphs,
@@ -65,9 +66,11 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle, check every file's digest, and load its engines.
 
-        The denoiser of the smallest step count is loaded here, the others at their first use.
+        The smallest step count at one size is loaded here, the others at their first use.
 
         Args:
+            size: in pixels, of those the bundle has, the one that is loaded here; None takes its first. What is drawn is said
+                in each call.
             max_queue: how many requests may wait beside those that are drawn, whatever their steps and size. A request is at
                 most one batch of images, so it waits for at most so many calls of the engines.
             device, cuda_graphs, verify_capture: see `nitro_rt.executor.DeviceOptions`; for bundles of GPU engines only.
@@ -81,7 +84,7 @@ class Pipeline:
         )
         bundle = open_bundle(folder)
         bundle.check_files()
-        return cls._opened(bundle, partial(executor.open_executor, bundle, options), max_queue)
+        return cls._opened(bundle, partial(executor.open_executor, bundle, options), max_queue, size)
 
     @classmethod
     def of(
@@ -101,11 +104,11 @@ class Pipeline:
         if open_executor is not None and options is not None:
             raise ConfigError("give options or open_executor, not both: an executor that is given takes no options")
         opener = open_executor or partial(executor.open_executor, bundle, options)
-        return cls._opened(bundle, opener, max_queue)
+        return cls._opened(bundle, opener, max_queue, None)
 
     @classmethod
-    def _opened(cls, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int) -> Pipeline:
-        pipe = cls(bundle, open_executor, max_queue)
+    def _opened(cls, bundle: Bundle, open_executor: Callable[[], Executor], max_queue: int, size: int | None) -> Pipeline:
+        pipe = cls(bundle, open_executor, max_queue, size)
         try:
             _warn(pipe._running_worker().notes, ComputeTypeDiffers, stacklevel=4)
         except BaseException:  # a filter may turn a warning into an error
@@ -292,7 +295,7 @@ class Pipeline:
 
     def _open_worker(self) -> Worker:
         empty_ids_T = [tokenizer.encode("").ids for tokenizer in self._tokenizers]
-        return Worker(self.bundle, self._open_executor, empty_ids_T, self._max_queue)
+        return Worker(self.bundle, self._open_executor, empty_ids_T, self._max_queue, self._first_size_px)
 
     def _running_worker(self) -> Worker:
         worker = self._worker

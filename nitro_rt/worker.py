@@ -33,12 +33,18 @@ class Worker:
     """
 
     def __init__(
-        self, bundle: Bundle, open_executor: Callable[[], Executor], empty_ids_T: Sequence[Sequence[int]], max_waiting: int
+        self,
+        bundle: Bundle,
+        open_executor: Callable[[], Executor],
+        empty_ids_T: Sequence[Sequence[int]],
+        max_waiting: int,
+        first_size_px: int,
     ) -> None:
-        """Open the executor and load the denoiser of the smallest step count at the first size.
+        """Open the executor and load the denoiser of the smallest step count at one size.
 
         Args:
             empty_ids_T: the token ids of the empty prompt, of both tokenizers; unused rows of a batch hold them.
+            first_size_px: the size that is loaded now.
         Raises: what opening and loading raise.
         """
         self.queue = RequestQueue(max_waiting)
@@ -47,7 +53,7 @@ class Worker:
         self.has_stopped = False
         """Whether it ended by itself: its device is lost."""
         self.process_id = os.getpid()
-        self._bundle = bundle
+        self._bundle, self._first_size_px = bundle, first_size_px
         self._staging = _Staging(bundle.manifest.batch, empty_ids_T)
         self._close_error: Exception | None = None
         opened: Future[None] = Future()
@@ -100,7 +106,7 @@ class Worker:
         executor: Executor | None = None
         try:
             executor = open_executor()
-            self._prepare(executor, self._bundle.built_steps[0], self._bundle.manifest.sizes_px[0])
+            self._prepare(executor, self._bundle.built_steps[0], self._first_size_px)
         except BaseException as exc:
             try:
                 if executor is not None:

@@ -57,7 +57,7 @@ def command(
     with warnings.catch_warnings():
         for category in (ComputeTypeDiffers, PromptTruncated):
             warnings.simplefilter("ignore", category)  # they stand in the result, and are printed once, in one line
-        with Pipeline.load(bundle) as pipe:
+        with Pipeline.load(bundle, size=size_px) as pipe:  # no other size in memory
             for result in _draw(pipe, prompts, seed, steps, size_px):
                 for warning in result.warnings:
                     if warning not in told:

@@ -507,6 +507,16 @@ def test_an_unknown_backend_is_named(bundle_folder: Path, edit_manifest: Callabl
         Pipeline.load(bundle_folder)
 
 
+def test_only_the_size_that_is_asked_for_is_loaded(make_bundle: Any, tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle", more_sizes_px=(64,))
+    with Pipeline.load(folder, size=64) as pipeline:
+        pipeline("a dog", size=64)
+        assert set(pipeline.compute_dtypes) == {"text", "decode@64", "denoise/1@64"}
+        assert pipeline("a dog").array_BHWC.shape[1] == 32 and "decode" in pipeline.compute_dtypes
+    with pytest.raises(EngineMismatch, match="was not built for 96 pixels; built: 32, 64"):
+        Pipeline.load(folder, size=96)
+
+
 def test_another_compute_type_is_said(make_bundle: Any, tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "bundle", compute_dtype="bfloat16", steps=(1, 2, 4), joined=False)
     with pytest.warns(ComputeTypeDiffers, match="built to compute in bfloat16; reference on this machine computes in float32"):
