@@ -242,6 +242,8 @@ def _check_manifest(bundle: Bundle) -> None:
     for size_px, engines in manifest.more_sizes.items():
         fits = set(engines.denoise) == set(manifest.denoise)
         _require(bundle, fits, f"has other step counts at {size_px} pixels than at {manifest.sizes_px[0]}")
+    for size_px in manifest.sizes_px:
+        _check_rows(bundle, size_px)
     for stage, engine in bundle.engines():
         kind = stage.partition("/")[0].partition("@")[0]
         _require(bundle, bool(engine.files), f"names no file for {stage}")
@@ -249,9 +251,19 @@ def _check_manifest(bundle: Bundle) -> None:
         inputs, outputs = names(engine.inputs), names(engine.outputs)
         _require(bundle, inputs == STAGE_INPUTS[kind], f"has {stage} with inputs {inputs}, expected {STAGE_INPUTS[kind]}")
         _require(bundle, outputs == STAGE_OUTPUTS[kind], f"has {stage} with outputs {outputs}, expected {STAGE_OUTPUTS[kind]}")
-        _require(bundle, engine.first_row >= 0, f"has {stage} begin at row {engine.first_row} of its step tables")
         size_px = int(stage.partition("@")[2] or manifest.sizes_px[0])
         _check_shapes(bundle, stage, engine, size_px)
+
+
+def _check_rows(bundle: Bundle, size_px: int) -> None:
+    """Step counts that share a denoiser have its rows one after another, from the first: a wrong row draws a wrong step."""
+    ends: dict[tuple[FileRef, ...], int] = {}
+    for num_steps, engine in sorted(bundle.engines_at(size_px).denoise.items()):
+        expected = ends.get(engine.files, 0)
+        stage = bundle.stage("denoise", size_px, num_steps)
+        found = f"has {stage} begin at row {engine.first_row} of its step tables, not {expected}"
+        _require(bundle, engine.first_row == expected, found)
+        ends[engine.files] = expected + num_steps
 
 
 def _check_shapes(bundle: Bundle, stage: str, engine: Engine, size: int) -> None:

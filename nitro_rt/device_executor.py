@@ -204,7 +204,6 @@ class DeviceExecutor:
     def _engine(self, stage: str, engine: Engine) -> TensorRtEngine:
         """The loaded engine of a stage."""
         kind, files = _kind(stage), engine.files
-        self._compute_dtypes[stage] = engine.compute_dtype
         if (kind, files) not in self._engines:
             assert self._runtime is not None
             paths = tuple(self._bundle.path(reference) for reference in engine.files)
@@ -212,6 +211,7 @@ class DeviceExecutor:
             if new := self._refitted.get(kind):
                 loaded.take_weights(loaded.set_weights(new))
             self._engines[kind, files] = loaded  # only now: one that kept its old weights must not be found here
+        self._compute_dtypes[stage] = engine.compute_dtype
         return self._engines[kind, files]
 
     def _fit_scratch(self) -> None:

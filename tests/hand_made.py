@@ -65,9 +65,9 @@ def hand_made_bundle(
         inputs = (latents, embeds, pooled, step_index, replace(latents, name="noise"))
         outputs = (replace(latents, name="next_latents"),)
         if joined:
-            one, row = compiled("denoise", inputs, outputs, _joined([schedules[n] for n in steps])), 0
+            one, row = compiled("denoise", inputs, outputs, _joined([schedules[n] for n in sorted(steps)])), 0
             denoise = {}
-            for n in steps:
+            for n in sorted(steps):
                 denoise[n], row = replace(one, first_row=row), row + n
         else:
             denoise = {n: compiled("denoise", inputs, outputs, schedules[n]) for n in steps}

@@ -86,6 +86,8 @@ MANIFEST_EDITS = {
     ),
     "no size": (_set("sizes_px", to=[]), "names the sizes \\[\\]"),
     "no files": (_set("decode", "files", to=[]), "names no file for decode"),
+    "another row": (_set("denoise", "2", "first_row", to=2), "has denoise/2 begin at row 2 of its step tables, not 1"),
+    "a row before the first": (_set("denoise", "1", "first_row", to=-1), "has denoise/1 begin at row -1 .*, not 0"),
     "mixed backends": (_set("text", "backend", to="openvino"), "mixes the backends"),
     "renamed input": (_set("decode", "inputs", 0, "name", to="z"), "has decode with inputs"),
     "lost output": (lambda data: data["text"]["outputs"].pop(), "has text with outputs"),
