@@ -73,9 +73,9 @@ def decades(low: float, high: float) -> list[float]:
 def number(value: float) -> str:
     """Short, for axes and labels."""
     size = abs(value)
-    if size >= 1e4 or 0 < size < 1e-3:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
-    return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
+    if size >= 1e7 or 0 < size < 1e-3:
+        return f"{value:.2g}".replace("e+0", "e").replace("e-0", "e-")
+    return f"{value:.3g}" if size < 1000 else f"{value:,.0f}"
 
 
 class Axis:
@@ -90,7 +90,8 @@ class Axis:
         return self.left + share * (self.right - self.left)
 
     def ticks(self) -> list[float]:
-        return decades(self.low, self.high) if self.log else ticks(self.low, self.high)
+        found = decades(self.low, self.high) if self.log else []
+        return found if len(found) > 1 else ticks(self.low, self.high)  # two slow subjects lie within a decade
 
 
 def bottom_axis(axis: Axis, top: float, bottom: float, unit: str) -> Iterator[str]:

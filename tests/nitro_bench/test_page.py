@@ -14,6 +14,7 @@ from nitro_bench.bench_html import html
 from nitro_bench.bench_markdown import markdown, ms
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.publish import SUFFIXES, ReportFolder, stem_of, write_text
+from nitro_bench.svg import Axis, number
 from nitro_rt.errors import ConfigError
 
 VOID = {"meta", "img", "br"}
@@ -181,3 +182,25 @@ def test_places_that_cannot_be_written_are_refused(full: BenchReport, tmp_path: 
 
 def test_names_of_files_are_plain() -> None:
     assert stem_of("a/b + ü", "NVIDIA H100 80GB HBM3", "2026-11-25") == "a-b-+_NVIDIA-H100-80GB-HBM3_202611"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "0"),
+        (0.00012, "0.00012"),
+        (33.25, "33.2"),
+        (999.0, "999"),
+        (35_295.0, "35,295"),
+        (181_265.0, "181,265"),
+        (2e9, "2e9"),
+    ],
+)
+def test_labels_tell_slow_images_apart(value: float, expected: str) -> None:
+    assert number(value) == expected
+
+
+@pytest.mark.parametrize("ends", [(30_000.0, 36_000.0), (50.0, 80.0), (1.0, 1000.0)])
+def test_a_logarithmic_axis_has_marks_within_a_decade_too(ends: tuple[float, float]) -> None:
+    marks = Axis(*ends, 0.0, 100.0, log=True).ticks()
+    assert len(marks) > 1 and all(ends[0] <= mark <= ends[1] for mark in marks)
