@@ -87,11 +87,14 @@ def apart(ours: Process, theirs: Started, draw: DrawRequest, their_image_ms: flo
     )
 
 
+def fit_together(first_bytes: int, second_bytes: int, available_bytes: int) -> bool:
+    """Whether two processes with these peaks can be alive together; 0 available bytes mean that nobody can tell."""
+    return not available_bytes or first_bytes + second_bytes <= (1 - HEADROOM_SHARE) * available_bytes
+
+
 def why_apart(ours_bytes: int | None, theirs_bytes: int | None, available_bytes: int) -> str:
     """Why two processes with these peaks cannot be alive together; empty where they can, or where nobody can tell."""
-    if not (ours_bytes and theirs_bytes and available_bytes):
-        return ""
-    if ours_bytes + theirs_bytes <= (1 - HEADROOM_SHARE) * available_bytes:
+    if not (ours_bytes and theirs_bytes) or fit_together(ours_bytes, theirs_bytes, available_bytes):
         return ""
     return (
         f"timed apart, not in turns: our process takes {ours_bytes / 2**30:.1f} GiB and theirs {theirs_bytes / 2**30:.1f} GiB, "

@@ -19,6 +19,7 @@ from nitro_bench.compare import JUDGED_SHARE, NOT_JUDGED, Comparison, Line, verd
 from nitro_bench.intervals import paired
 from nitro_bench.peer import COMMAND_TIMEOUT_S, Drawn, PeerProcess
 from nitro_bench.subject import OURS, Case, verified
+from nitro_engines.host import available_bytes
 from nitro_rt.errors import ConfigError
 
 CPU = "cpu"
@@ -33,7 +34,8 @@ Pair = tuple[dict[str, float], dict[str, float]]
 def compare_bundles(old: Path, new: Path, max_slowdown: float, report: Callable[[str], None]) -> Comparison:
     """Verify both, then draw with them in turns, at the step counts and the size that both have.
 
-    Raises: ConfigError if they have none in common or are of different models; otherwise as `nitro_bench.bench.measure`.
+    Raises: ConfigError if they have none in common, are of different models or do not fit into memory together; otherwise as
+        `nitro_bench.bench.measure`.
     """
     with tempfile.TemporaryDirectory(prefix="nitro-compare-") as scratch:
         olds, news = (_cases(folder, Path(scratch) / name) for folder, name in ((old, "old"), (new, "new")))
@@ -52,7 +54,8 @@ def _cases(folder: Path, work: Path) -> dict[tuple[object, ...], Case]:
 
 
 def _compare(old: Case, new: Case, max_slowdown: float, report: Callable[[str], None]) -> Iterator[Line]:
-    image_ms = [_verify(case, report) for case in (old, new)]
+    image_ms, peaks = zip(*(_verify(case, report) for case in (old, new)), strict=True)
+    _require_memory(new, peaks)
     length = pairing.turn_length(*image_ms)
     units: list[list[Pair]] = []
     for number in range(NUM_PROCESSES):
@@ -79,15 +82,28 @@ def _compare(old: Case, new: Case, max_slowdown: float, report: Callable[[str], 
         )
 
 
-def _verify(case: Case, report: Callable[[str], None]) -> float:
-    """Check the pictures of a bundle in a process that is not counted; returns about how long an image takes, in ms."""
+def _verify(case: Case, report: Callable[[str], None]) -> tuple[float, int]:
+    """Check the pictures of a bundle in a process that is not counted; about how long an image takes in ms, and its peak memory
+    in bytes (0 where nobody can tell)."""
     draw = case.draw_request()
     started = timing.start(OURS, case.load_request(case.bundle.folder, OURS), draw, COMMAND_TIMEOUT_S)
     with started.process as process:
         drawn_BHWC, image_ms = pairing.drawn_by(started, draw, case.work / "picture.npy")
         verified(case, process, started.loaded, drawn_BHWC)
+        peak_rss_bytes = process.memory().peak_rss_bytes or 0
     report(f"{case.id}: verified, about {image_ms:.1f} ms an image")
-    return image_ms
+    return image_ms, peak_rss_bytes
+
+
+def _require_memory(new: Case, peaks: Sequence[int]) -> None:
+    available = available_bytes()
+    if not pairing.fit_together(*peaks, available):
+        old_gib, new_gib, have_gib = (count / 2**30 for count in (*peaks, available))
+        raise ConfigError(
+            f"{new.id}: two processes in turns do not fit into memory: the old bundle takes {old_gib:.1f} GiB, the new one "
+            f"{new_gib:.1f} GiB, {have_gib:.1f} GiB are available; write a report of each with `nitro-rt bench --json` and "
+            "compare those, or use a machine with more memory"
+        )
 
 
 def _start(case: Case) -> PeerProcess:

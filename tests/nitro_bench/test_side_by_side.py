@@ -65,3 +65,11 @@ def test_bundles_of_different_shape_are_refused(little_bundle: Path, tmp_path: P
 def test_a_bundle_that_draws_something_else_is_not_compared(little_bundle: Path, spoilt_bundle: Path) -> None:
     with pytest.raises(BundleError, match="misses its quality limits"):
         side_by_side.compare_bundles(little_bundle, spoilt_bundle, 0.05, lambda line: None)
+
+
+def test_bundles_that_do_not_fit_into_memory_together_are_refused(
+    little_bundle: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "available_bytes", lambda: 2**20)
+    with pytest.raises(ConfigError, match=r"do not fit into memory: .* 0\.0 GiB are available; write a report of each"):
+        side_by_side.compare_bundles(little_bundle, other_bundle, 0.05, lambda line: None)
