@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nitro_rt.bundle import Bundle
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.noise import checked_seed
+from nitro_rt.schedule import MAX_STEPS
 
 
 def refuse_guidance(negative_prompt: object, guidance_scale: object) -> None:
@@ -73,9 +74,9 @@ def checked_steps(steps: object, bundle: Bundle) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise ConfigError(f"steps must be a whole number, got {steps!r} ({type(steps).__name__})")
     if steps not in built:
+        how = f", or build with --steps {steps}" if 1 <= steps <= MAX_STEPS else f"; there are 1 to {MAX_STEPS}"
         raise EngineMismatch(
-            f"{bundle.folder} was not built for {steps} steps; built: {', '.join(map(str, built))}; "
-            f"use one of these, or build with --steps {steps}"
+            f"{bundle.folder} was not built for {steps} steps; built: {', '.join(map(str, built))}; use one of these{how}"
         )
     return steps
 

@@ -14,6 +14,7 @@ from nitro_bench.checkpoints import checkpoint_of
 from nitro_bench.flops import Work
 from nitro_bench.peer import Loaded, Peer, PeerFailed
 from nitro_bench.subject import OURS, Case, subject_of, verified
+from nitro_rt.arguments import checked_steps
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.quality import Images
@@ -33,9 +34,7 @@ def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
                 f"{folder} was built for batch {bundle.manifest.batch}, not {batch}; build with --batch {batch}"
             )
         for num_steps in config.steps or bundle.built_steps:
-            if num_steps not in bundle.built_steps:
-                built = ", ".join(map(str, bundle.built_steps))
-                raise EngineMismatch(f"{folder} was built for {built} steps, not {num_steps}; build with --steps {num_steps}")
+            checked_steps(num_steps, bundle)
             work = scratch / f"{len(cases)}"
             work.mkdir()
             cases.append(Case(bundle=bundle, num_steps=num_steps, batch=batch, work=work))

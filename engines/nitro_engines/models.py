@@ -286,7 +286,7 @@ def _choose_decoder(draft: Draft, decoder: str) -> None:
         draft.require_own_kl_decoder()
         return
     if decoder != "tiny":
-        draft.replace_decoder(Path(decoder).expanduser(), f"--decoder {decoder}")
+        draft.replace_decoder(Path(decoder).expanduser(), "--decoder")
         return
     draft.require_sdxl_latents("--decoder tiny")
     folder = hub_folder(TAESDXL)

@@ -212,7 +212,7 @@ def test_peers_need_the_checkpoint(little_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": (4,)}, "built for 1, 2 steps, not 4; build with --steps 4"),
+        ({"steps": (4,)}, "not built for 4 steps; built: 1, 2; use one of these, or build with --steps 4"),
         ({"size": 64}, "not built for 64 pixels"),
         ({"batch": 3}, "built for batch 2, not 3; build with --batch 3"),
     ],

@@ -39,12 +39,12 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer processes and turns, and the one bundle that all runs compare is verified once."""
     monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 3)
     monkeypatch.setattr(side_by_side, "NUM_PAIRS", 6)
-    verify, found_ms = side_by_side._verify, []
+    verify, verified = side_by_side._verify, []
 
-    def once(case: Case, report: Any) -> float:
-        if not found_ms:
-            found_ms.append(verify(case, report))
-        return found_ms[0]
+    def once(case: Case, report: Any) -> tuple[float, int]:
+        if not verified:
+            verified.append(verify(case, report))
+        return verified[0]
 
     monkeypatch.setattr(side_by_side, "_verify", once)
 
