@@ -55,7 +55,7 @@ def _cases(folder: Path, work: Path) -> dict[tuple[object, ...], Case]:
 
 def _compare(old: Case, new: Case, max_slowdown: float, report: Callable[[str], None]) -> Iterator[Line]:
     image_ms, peaks = zip(*(_verify(case, report) for case in (old, new)), strict=True)
-    _require_memory(new, peaks)
+    _require_memory(new, *peaks)
     length = pairing.turn_length(*image_ms)
     units: list[list[Pair]] = []
     for number in range(NUM_PROCESSES):
@@ -95,14 +95,13 @@ def _verify(case: Case, report: Callable[[str], None]) -> tuple[float, int]:
     return image_ms, peak_rss_bytes
 
 
-def _require_memory(new: Case, peaks: Sequence[int]) -> None:
+def _require_memory(new: Case, old_bytes: int, new_bytes: int) -> None:
     available = available_bytes()
-    if not pairing.fit_together(*peaks, available):
-        old_gib, new_gib, have_gib = (count / 2**30 for count in (*peaks, available))
+    if not pairing.fit_together(old_bytes, new_bytes, available):
         raise ConfigError(
-            f"{new.id}: two processes in turns do not fit into memory: the old bundle takes {old_gib:.1f} GiB, the new one "
-            f"{new_gib:.1f} GiB, {have_gib:.1f} GiB are available; write a report of each with `nitro-rt bench --json` and "
-            "compare those, or use a machine with more memory"
+            f"{new.id}: two processes in turns do not fit into memory: the old bundle takes {old_bytes / 2**30:.1f} GiB, the "
+            f"new one {new_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; write a report of each with "
+            "`nitro-rt bench --json` and compare those, or use a machine with more memory"
         )
 
 

@@ -140,8 +140,8 @@ class Draft:
 
         if not path.exists():
             raise ModelNotFound(
-                f"{option} {path}: there is no such file or folder; a decoder is kl (the checkpoint's own), tiny, a folder with a "
-                "diffusers VAE, or a .safetensors file of one"
+                f"{option} {path}: there is no such file or folder; a decoder is kl (the checkpoint's own), tiny, a folder "
+                "with a diffusers VAE, or a .safetensors file of one"
             )
         own = self._json("vae/config.json")
         if path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 _DECIDING = (
@@ -23,6 +24,8 @@ _DECIDING = (
     "sve",
 )
 """Instruction sets that choose kernels and number types, as Linux names them."""
+DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm", "asimd"}
+"""CPUs with one of these add 8-bit products up in 32 bits. Others (AVX2 alone) saturate at 16 bits on the way."""
 
 
 def cpu_target(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
@@ -34,6 +37,11 @@ def cpu_target(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
         "architecture": platform.machine(),
         "features": " ".join(feature for feature in _DECIDING if feature in present),
     }
+
+
+def has_dot_products(target: Mapping[str, str]) -> bool:
+    """Whether the CPU of `cpu_target` multiplies and adds bytes in one instruction, exactly."""
+    return bool(DOT_PRODUCTS & set(target["features"].split()))
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import nitro_export
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, source_sha256
-from nitro_engines.host import cpu_target
+from nitro_engines.host import cpu_target, has_dot_products
 from nitro_engines.keys import Fields, key_of
 from nitro_rt.errors import BundleError
 
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 QUANTISED = ("int8", "fp8")
 BASE_PRECISION = "fp16"
 """What the layers that are not quantised are exported in."""
-DOT_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm", "asimd"}
-"""CPUs with one of these add 8-bit products up in 32 bits. Others (AVX2 alone) saturate at 16 bits on the way."""
 SATURATING_BACKENDS = ("openvino",)
-"""Those whose kernels do that. ONNX Runtime's CPU provider multiplies these graphs in floats (docs/quantisation.md)."""
+"""Those whose kernels saturate on a CPU without dot products of bytes. ONNX Runtime's CPU provider multiplies these graphs in
+floats (docs/quantisation.md)."""
 SYMMETRIC_BACKENDS = ("tensorrt", "tensorrt-rtx")
 """Those that read activations with the zero point 0 only; so does ONNX Runtime on TensorRT."""
 MAX_CALIBRATION_PX = 512
@@ -55,7 +54,7 @@ def quantisation_of(precision: str, backend: str, provider: str | None = None) -
     """What `precision` means on `backend`, and there on ONNX Runtime's `provider` (None: cpu); None for a float precision."""
     if precision not in QUANTISED:
         return None
-    saturates = backend in SATURATING_BACKENDS and not DOT_PRODUCTS & set(cpu_target()["features"].split())
+    saturates = backend in SATURATING_BACKENDS and not has_dot_products(cpu_target())
     return Quantisation(
         precision=precision,
         weight_bits=7 if saturates and precision == "int8" else 8,
