@@ -5,6 +5,7 @@ A side is loaded once and then called with the reference's arrays; each imports 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,20 @@ def load(request: Mapping[str, Any]) -> Run:
 
 
 def openvino_graph(request: Mapping[str, Any]) -> Run:
-    """The graph as an engine loads and computes it, with the backend's own options."""
+    """The engine of the graph, loaded with the backend's own options."""
     import openvino
 
     from nitro_engines.backends import load_backend
     from nitro_rt.openvino_model import read_model
 
     path, graph = _graph(request)
-    core, options = openvino.Core(), load_backend("openvino", ()).options(graph.compute_dtype)
-    model = read_model(core, (path,), widen=options["INFERENCE_PRECISION_HINT"] == "f32")
-    compiled = core.compile_model(model, "CPU", options)
+    core, backend = openvino.Core(), load_backend("openvino")
+    options = backend.options(graph.compute_dtype)
+    # Beside the graphs, so that weights are linked. What is compiled needs the files no more.
+    with tempfile.TemporaryDirectory(prefix=".engine.", dir=path.parent.parent) as work:
+        paths = backend.compile(path, graph, Path(work))
+        model = read_model(core, tuple(paths), widen=options["INFERENCE_PRECISION_HINT"] == "f32")
+        compiled = core.compile_model(model, "CPU", options)
     del model
     call = compiled.create_infer_request()
 
