@@ -63,9 +63,8 @@ demo: $(VENV)/.demo-stamp
 	$(BIN)/nitro-rt build --steps 1,2,4 --out $(MANY_STEPS)
 	$(BIN)/python examples/demo.py --one-step $(ONE_STEP) --many-steps $(MANY_STEPS) --out demo
 
-# A file's tests share what they made, so a file goes to one process as a whole. Slow tests measure, and want the machine alone.
 test: $(VENV)/.dev-stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest
 
 test-full: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest --slow
