@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,8 @@ def test_the_meter_sees_the_peak_of_each_span_alone() -> None:
     meter.mark("small")
     large, _, small = (mark["peak_rss_bytes"] for mark in meter.marks)
     assert large - small > 40_000_000
-    assert meter.summary()["peak_rss_bytes"] == large
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of other tests, in the order they ran
+    assert meter.summary()["peak_rss_bytes"] == max(large, children)
 
 
 def test_disk_usage_knows_hard_links(tmp_path: Path) -> None:
