@@ -147,7 +147,7 @@ class Worker:
             errand.run(executor)
         except DeviceLost:
             raise
-        except Exception as exc:
+        except Exception as exc:  # whatever it is, it is of who asked; the worker goes on
             errand.fail(exc)
         else:
             errand.finish(None)
@@ -157,7 +157,7 @@ class Worker:
             results = self._results(executor, batch)
         except DeviceLost:
             raise
-        except Exception as exc:
+        except Exception as exc:  # likewise; of several requests each is then tried alone
             if len(batch) == 1:
                 batch[0].fail(exc)
                 return
@@ -227,7 +227,7 @@ class Worker:
         self.compute_dtypes = {}
         try:
             executor.close()
-        except Exception as exc:
+        except Exception as exc:  # raised by close()
             if not self.has_stopped:  # a lost device cannot free, and that it is lost has been said
                 self._close_error = exc
 
