@@ -11,7 +11,7 @@ import pytest
 
 from nitro_bench.bench_report import ENGINE_STAGES, BenchReport, Process, Run
 from nitro_bench.compare import FASTER, NOT_JUDGED, SAME, SLOWER, UNDECIDED, compare, read_report, sentences, verdict_of
-from nitro_bench.intervals import Change, paired, welch
+from nitro_bench.intervals import MAX_LOOKS, Change, paired, welch
 from nitro_rt.errors import ConfigError, ModelNotFound
 
 RECORDED = Path(__file__).parent / "data" / "recorded_noise.json"
@@ -215,3 +215,11 @@ def test_intervals_hold_the_truth_often_enough() -> None:
         above, below = above + (found.low > np.exp(0.05)), below + (found.high < np.exp(0.05))
     assert max(above, below) <= 70  # 5 % of 1000 and three standard deviations
     assert paired([0.1, 0.1, 0.1]).low == pytest.approx(np.exp(0.1))
+
+
+def test_looking_again_at_more_pairs_does_not_make_an_error_likelier() -> None:
+    rng, wrong = np.random.default_rng(3), 0
+    for _ in range(1000):
+        units = rng.normal(0.05, 0.03, 6 * MAX_LOOKS).tolist()
+        wrong += any(paired(units[: 6 * (look + 1)]).low > np.exp(0.05) for look in range(MAX_LOOKS))
+    assert wrong <= 70  # 5 % of 1000 and three standard deviations

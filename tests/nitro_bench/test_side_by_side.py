@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from hand_made import hand_made_bundle
 from nitro_bench import side_by_side
-from nitro_bench.compare import SLOWER
+from nitro_bench.compare import SLOWER, UNDECIDED, Line
 from nitro_bench.peer import Drawn, PeerProcess
+from nitro_bench.subject import Case
+from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BundleError, ConfigError
 
 
@@ -52,6 +56,61 @@ def test_a_slow_down_of_the_second_is_found(tmp_path: Path, monkeypatch: pytest.
     found = side_by_side.compare_bundles(bundle, bundle, 0.05, lambda line: None)
     assert {line.verdict for line in found.lines} == {SLOWER}
     assert [line.wall.ratio for line in found.lines] == pytest.approx([1.5] * 2)
+
+
+@pytest.fixture
+def taken(little_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[float]], tuple[Line, list[bool]]]:
+    """A comparison whose pairs of processes have these ratios: its line, and which pairs began with the new bundle."""
+
+    def compare(ratios: Iterable[float]) -> tuple[Line, list[bool]]:
+        coming, orders = iter(ratios), []
+
+        def unit(old: Case, new: Case, length: int, *, new_first: bool) -> list[side_by_side.Pair]:
+            orders.append(new_first)
+            return [({"total": 10.0, "cpu": 10.0}, dict.fromkeys(("total", "cpu"), 10.0 * next(coming)))]
+
+        monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 6)
+        monkeypatch.setattr(side_by_side, "_unit", unit)
+        monkeypatch.setattr(side_by_side, "_verify", lambda case, report: (10.0, 0))
+        monkeypatch.setattr(
+            side_by_side, "_cases", lambda folder, work: {(): Case(bundle=open_bundle(folder), num_steps=1, batch=1, work=work)}
+        )
+        (line,) = side_by_side.compare_bundles(little_bundle, little_bundle, 0.05, lambda line: None).lines
+        return line, orders
+
+    return compare
+
+
+def test_what_is_clear_takes_one_look_and_what_is_not_takes_more(taken: Any) -> None:
+    """The first to start and to draw is not always the same bundle."""
+    line, orders = taken([1.12, 1.13, 1.11, 1.12, 1.13, 1.11])
+    assert line.verdict == SLOWER and orders == [False, True] * 3
+    noisy = [1.00, 1.18, 1.06, 1.13, 1.02, 1.17]
+    line, orders = taken(noisy * 3)
+    assert line.verdict == SLOWER and len(orders) == 18
+    line, orders = taken([0.85, 1.25] * 9)
+    assert line.verdict == UNDECIDED and len(orders) == 18
+
+
+def test_bundles_of_two_devices_are_refused(little_bundle: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Case, "on_gpu", property(lambda case: case.bundle.folder == other_bundle))
+    with pytest.raises(ConfigError, match="one of the bundles runs on a GPU and one on the processor"):
+        side_by_side.compare_bundles(little_bundle, other_bundle, 0.05, lambda line: None)
+
+
+def test_only_stages_that_both_have_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph holds as one what other executors tell apart."""
+    bundle = hand_made_bundle(tmp_path / "one-step", steps=(1,))
+    draw = PeerProcess.draw
+
+    def as_graph(self: PeerProcess, request: Any, num_images: int = 1, save: Path | None = None) -> Drawn:
+        drawn = draw(self, request, num_images, save)
+        stages = {"device": 1.0} if "/new/" in request.noise else {"text": 0.5, "denoise": 0.5}
+        return dataclasses.replace(drawn, timings_ms=tuple(stages | {"noise": 0.1} for _ in drawn.timings_ms))
+
+    monkeypatch.setattr(PeerProcess, "draw", as_graph)
+    found = side_by_side.compare_bundles(bundle, bundle, 5.0, lambda line: None)
+    assert [line.stage for line in found.lines] == ["noise", "total"]
 
 
 def test_bundles_of_different_shape_are_refused(little_bundle: Path, tmp_path: Path) -> None:
