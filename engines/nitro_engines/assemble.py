@@ -161,9 +161,19 @@ class Assembly:
             return checkpoint_sha256(folder) == self.known_sha256(cache)
         return False
 
+    def new_bytes(self, cache: EngineCache) -> int:
+        """What `assemble` would write now; links to the parts' own files take nothing."""
+        folder = self.folder(cache)
+        if folder.is_dir():
+            return 0
+        existing = next(path for path in folder.parents if path.exists())
+        return self._bytes_on(existing.stat().st_dev)
+
+    def _bytes_on(self, device: int) -> int:
+        return sum(_new_bytes(file, device) for file in self.files.values())
+
     def _require_room(self, work: Path) -> None:
-        device = work.stat().st_dev
-        num_bytes = sum(_new_bytes(file, device) for file in self.files.values())
+        num_bytes = self._bytes_on(work.stat().st_dev)
         if num_bytes >> 20 > free_mib(work):
             raise BuildError(
                 f"assembling {self.what} writes {num_bytes >> 20} MiB, and {free_mib(work)} MiB are free at "

@@ -168,6 +168,8 @@ def plan_memory(
     built: frozenset[str] = frozenset(),
     gated: bool = False,
     available: int | None = None,
+    stored_at: Path | None = None,
+    assembled_bytes: int = 0,
 ) -> MemoryForecast:
     """The plan of one build.
 
@@ -182,6 +184,8 @@ def plan_memory(
         built: stages whose engines are: `text`, `denoise/1`, ..., `decode`.
         gated: the bundle and its float32 parent draw before it is published.
         available: bytes of memory; None: as this machine says now.
+        stored_at: on which file system the weight files will be when they are exported; None: where `checkpoint` is.
+        assembled_bytes: what is written there before, to make the checkpoint of its parts.
     Raises: ExportError if a weight file's header is damaged.
     """
     networks = {stage: _network(checkpoint, stage) for stage in PARTS}
@@ -198,9 +202,11 @@ def plan_memory(
         if quantised:
             watched_px = min(size_px, MAX_CALIBRATION_PX)
             watched = activation_numbers(checkpoint, size_px=watched_px, batch=calibration_batch(watched_px))
-            steps += [_parent("calibrating", networks, watched), _quantise(networks)]
+            steps.append(_parent("calibrating the denoiser", networks, watched, ("text", "denoise")))
+            steps.append(_parent("calibrating the decoder", networks, watched, ("decode",)))
+            steps.append(_quantise(networks))
     if gated:
-        steps.append(_parent("drawing the references", networks, activations))
+        steps.append(_parent("drawing the references", networks, activations, tuple(PARTS)))  # all stay for the next picture
     denoisers = {f"denoise/{count}" for count in num_steps} - built
     # One engine for all step counts, with the weights once.
     denoise = [f"denoise/{','.join(map(str, num_steps))}"] if denoisers else []
@@ -213,7 +219,8 @@ def plan_memory(
         weight_bytes=weights,
         activation_bytes={stage: count * width for stage, count in activations.items()},
         steps=tuple(steps),
-        disk_bytes=_disk(checkpoint, floats, weights, backend, to_build, cache_root, exported),
+        disk_bytes=assembled_bytes
+        + _disk(checkpoint, stored_at or checkpoint.folder, floats, weights, backend, to_build, cache_root, exported),
         available_bytes=available_bytes() if available is None else available,
         free_disk_bytes=free_mib(cache_root) * MIB,
         gpu_bytes=None if on_cpu else sum(weights.values()) + max(activations.values()) * width * 2,
@@ -309,11 +316,15 @@ def _quantise(networks: Mapping[str, _Network]) -> Step:
     return Step(name="quantising", held_bytes=EXPORTER + 8 * largest, mapped_bytes=LIBRARIES)
 
 
-def _parent(name: str, networks: Mapping[str, _Network], activations: Mapping[str, int]) -> Step:
-    """The checkpoint in float32 under torch: weights mapped, the largest layer widened, activations once more beside."""
+def _parent(name: str, networks: Mapping[str, _Network], activations: Mapping[str, int], stages: tuple[str, ...]) -> Step:
+    """The checkpoint in float32 under torch: weights mapped, the largest layer widened, activations once more beside.
+
+    Args:
+        stages: those whose weights are mapped at once.
+    """
     largest = max(network.largest for network in networks.values())
-    held = EXPORTER + 4 * largest + 4 * 2 * max(activations.values())
-    return Step(name=name, held_bytes=held, mapped_bytes=LIBRARIES + max(n.stored_bytes for n in networks.values()))
+    held = EXPORTER + 4 * largest + 4 * 2 * max(activations[stage] for stage in stages)
+    return Step(name=name, held_bytes=held, mapped_bytes=LIBRARIES + sum(networks[stage].stored_bytes for stage in stages))
 
 
 def _build(backend: str, stage: str, weights: Mapping[str, int]) -> Step:
@@ -344,6 +355,7 @@ def _run(
 
 def _disk(
     checkpoint: Checkpoint,
+    stored_at: Path,
     floats: Mapping[str, int],
     weights: Mapping[str, int],
     backend: str,
@@ -354,14 +366,17 @@ def _disk(
     new = 0
     if not exported:
         stored, total = _file_bytes(checkpoint), sum(floats.values())
-        existing = next(path for path in (cache_root, *cache_root.parents) if path.exists())
-        linked = existing.stat().st_dev == checkpoint.folder.stat().st_dev
+        linked = _existing(cache_root).stat().st_dev == _existing(stored_at).stat().st_dev
         same_type = 0.9 * stored < total < 1.1 * stored
         new += (0 if linked else stored) if same_type else total
         new += sum(weights[stage] for stage in PARTS if weights[stage] != floats[stage])
     if backend in RUNTIMES:
         new += sum(weights[stage.partition("/")[0]] for stage in to_build)
     return new
+
+
+def _existing(path: Path) -> Path:
+    return next(found for found in (path, *path.parents) if found.exists())
 
 
 def _gib(num_bytes: int) -> str:

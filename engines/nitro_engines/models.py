@@ -75,6 +75,10 @@ class ModelSource:
         """`nitro_export.checkpoint_sha256` of the folder; None while it is not assembled."""
         return self.assembly.known_sha256(EngineCache()) if self.assembly else self._checkpoint_sha256
 
+    def new_bytes(self) -> int:
+        """What `assemble` would write now."""
+        return self.assembly.new_bytes(EngineCache()) if self.assembly else 0
+
     def assemble(self, report: Report = silent) -> Path:
         """The checkpoint's folder, made now if it does not exist. Raises: BuildError, ExportError as `Assembly.assemble`."""
         return self.assembly.assemble(EngineCache(), report) if self.assembly else self.checkpoint

@@ -180,8 +180,9 @@ def forecast(
     """
     from nitro_export import read_checkpoint
 
-    request, backend = prepared.request, prepared.backend
-    with prepared.source.opened() as folder:
+    request, backend, source = prepared.request, prepared.backend, prepared.source
+    to_export = [size_px for size_px, manifest in graphs.items() if manifest is None]
+    with source.opened() as folder:
         checkpoint = read_checkpoint(folder)
         return {
             size_px: plan_memory(
@@ -198,6 +199,8 @@ def forecast(
                 exported=manifest is not None,
                 built=_built_stages(manifest, prepared, cache) | ({"text"} if size_px != request.sizes_px[0] else set()),
                 gated=request.gate_prompts > 0,
+                stored_at=source.checkpoint,
+                assembled_bytes=source.new_bytes() if [size_px] == to_export[:1] else 0,
             )
             for size_px, manifest in graphs.items()
         }

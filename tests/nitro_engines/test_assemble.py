@@ -56,6 +56,14 @@ def test_it_is_made_once(source: ModelSource) -> None:
     assert run["weights"][UNET]["loras"][0]["scale"] == 1.0 and len(run["weights"][UNET]["made_from"][0]) == 64
 
 
+def test_what_it_would_write_is_known_before(source: ModelSource) -> None:
+    planned = source.new_bytes()
+    folder = source.assemble()
+    assert source.new_bytes() == 0
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+    assert planned == pytest.approx(written, rel=0.02) and planned > (folder / UNET).stat().st_size / 2
+
+
 def test_a_damaged_folder_is_made_again(source: ModelSource) -> None:
     folder = source.assemble()
     whole = checkpoint_sha256(folder)
