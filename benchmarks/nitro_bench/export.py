@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from nitro_bench.export_plan import ExportBenchConfig, Measurement, measurements
+from nitro_bench.export_plan import OPTIMUM, ExportBenchConfig, Measurement, measurements
 from nitro_bench.export_report import ExportReport, markdown, multiplies_natively
 from nitro_bench.machine import commit, machine
 from nitro_rt.errors import NitroError
@@ -42,6 +42,9 @@ def run(config: ExportBenchConfig, *, only: Sequence[str] = (), retry: bool = Fa
             continue
         found = stored(config, measurement.name)
         if found is not None and not (retry and "failed" in found):
+            continue
+        if measurement.child == OPTIMUM and config.optimum_python is None:
+            report(f"{measurement.name}: left out, it needs --optimum-python")
             continue
         lacking = [need for need in measurement.needs if not _is_whole(stored(config, need))]
         if lacking:
@@ -100,7 +103,7 @@ def _measured(config: ExportBenchConfig, measurement: Measurement) -> dict[str, 
 
 
 def _interpreter(config: ExportBenchConfig, child: str) -> list[str]:
-    if child == "_export_optimum":
+    if child == OPTIMUM:
         return [str(config.optimum_python), "-I", str(Path(__file__).with_name(f"{child}.py"))]
     return [sys.executable, "-m", f"nitro_bench.{child}"]
 

@@ -17,6 +17,8 @@ FLOOR_DB = {"fp32": 40.0, "fp16": 30.0, "bf16": 20.0, "int8": 10.0, "fp8": 8.0}
 FLOAT_SIDES = ("onnxruntime-fp32", "diffusers-fp32", "diffusers-compile-fp32")
 """The peers in the precision that a processor without BF16 runs best."""
 OUR_SIDES = ("openvino-fp16", "openvino-int8")
+OPTIMUM = "_export_optimum"
+"""The child that runs under optimum's interpreter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class ExportBenchConfig:
     weight_bits: int = 8
     """Of INT8; 7 on processors whose 8-bit multiplication saturates (x86 without VNNI or AMX)."""
     optimum_python: Path | None = None
-    """Of an environment with export-peer-requirements.txt; None leaves optimum out."""
+    """Of an environment with export-peer-requirements.txt; None: optimum is not measured now."""
     limit_gib: float = 16.0
     """Memory of its own that optimum's process may have."""
     limit_s: float = 3600.0
@@ -134,10 +136,8 @@ class _Plan:
         for part in ("unet", "decode"):
             request = {"part": part, "precision": "fp16", "size_px": self.native_px, "checkpoint": str(self.checkpoint)}
             yield self._measurement(f"export/torch-{part}", "_export_plain", request, ("checkpoint",))
-        if self.config.optimum_python is not None:
-            request = {"checkpoint": str(self.checkpoint), "dtype": "fp16"}
-            request["limit_bytes"] = int(self.config.limit_gib * 2**30)
-            yield self._measurement("export/optimum", "_export_optimum", request, ("checkpoint",))
+        request = {"checkpoint": str(self.checkpoint), "dtype": "fp16", "limit_bytes": int(self.config.limit_gib * 2**30)}
+        yield self._measurement("export/optimum", OPTIMUM, request, ("checkpoint",))
 
     def _reference(self, px: int) -> Measurement:
         request = {
