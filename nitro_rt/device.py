@@ -46,6 +46,8 @@ class Gpu:
     """All of its memory; None where it was not told."""
     free_bytes: int | None = None
     """What no process has taken; None where the driver's management library does not tell."""
+    bus_id: str = ""
+    """Its PCI address, by which the management library knows it."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.target})"
@@ -131,6 +133,7 @@ def _gpus(cuda: ctypes.CDLL) -> Iterator[Gpu]:
                 ordinal=ordinal,
                 memory_bytes=memory.value,
                 free_bytes=_free_bytes(management, bus_id.value) if management is not None else None,
+                bus_id=bus_id.value.decode(errors="replace"),
             )
 
 

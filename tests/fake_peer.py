@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,13 @@ class Adapter:
             time.sleep(600)
         if mode == "nonsense":
             os.write(int(next(name for name in os.listdir("/proc/self/fd") if _is_reply(name))), b"not json\n")
+        if mode == "numpy":
+            return {"compute_dtype": "float32", "capture_ms": np.float32(1)}
+        if mode == "silent":
+            return {}
+        if mode == "stuck":
+            threading.Thread(target=time.sleep, args=(600,)).start()  # outlives the main thread, which ends at once
+            os.close(int(next(name for name in os.listdir("/proc/self/fd") if _is_reply(name))))
         facts = {"compute_dtype": self._options.get("dtype", "float32"), "notes": [request["model"]], "capture_ms": 1.0}
         return facts | ({"differs": self._options["differs"]} if "differs" in self._options else {})
 

@@ -4,8 +4,10 @@ Run as a script, with the request as JSON in its argument; prints one line of JS
 not installed there.
 """
 
+import ctypes
 import json
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who waits for it may be killed
     if request["limit_bytes"]:
         # Of memory of its own; mapped files do not count. Past it the process fails, and not its neighbours.
         resource.setrlimit(resource.RLIMIT_DATA, (request["limit_bytes"], request["limit_bytes"]))

@@ -14,21 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from nitro_bench import ceilings, pairing, roofline, samples, timing, warmup
-from nitro_bench.bench_config import MAX_PAIRS, BenchConfig, Report
+from nitro_bench import ceilings, pairing, roofline, samples, telemetry, timing, warmup
+from nitro_bench.bench_config import BenchConfig, Report
 from nitro_bench.bench_markdown import ceiling
-from nitro_bench.bench_report import KIND, SCHEMA_VERSION, BenchReport, Protocol, Run
+from nitro_bench.bench_report import KIND, SCHEMA_VERSION, BenchReport, PeerRun, Protocol, Run
 from nitro_bench.cards import card_of, ceilings_of_gpu
 from nitro_bench.ceilings import Ceiling
-from nitro_bench.checking import Checked, check, open_cases
+from nitro_bench.checking import Checked, check, device_of, name_of, open_cases
 from nitro_bench.footprint import installed_bytes
 from nitro_bench.machine import commit, machine
 from nitro_bench.peer import Memory
 from nitro_bench.rounds import Rounds, Timed
 from nitro_bench.subject import Case, subject_of
-from nitro_bench.telemetry import PACKAGE, MachineState, read_state
-from nitro_rt.device import find_driver
-from nitro_rt.errors import ConfigError
+from nitro_bench.telemetry import PACKAGE, read_state
 
 
 def measure(
@@ -45,8 +43,7 @@ def measure(
     before, place = read_state(), machine()
     with tempfile.TemporaryDirectory(prefix="nitro-bench-") as scratch:
         cases = open_cases(config, Path(scratch))
-        name = config.name or "+".join(dict.fromkeys(case.bundle.manifest.source.name for case in cases))
-        device = _device(cases, before)
+        name, device = name_of(config, cases), device_of(cases, before)
         if before_timing is not None:
             before_timing(name, device)
         checked = [check(case, config, report) for case in cases]
@@ -55,7 +52,8 @@ def measure(
         rates = ceilings.better_of(rates, _ceilings(checked, device))
         report("ceilings: " + "; ".join(map(ceiling, rates)))
     runs = tuple(_run(found, result, rates, config, report) for found, (result, _) in zip(checked, results, strict=True))
-    ours_bytes, ours_note = installed_bytes({run.subject.backend for run in runs})
+    peers = tuple(peer for _, found in results for peer in found)
+    ours_bytes, ours_note = installed_bytes({run.subject.backend for run in runs}, on_gpu=device != "cpu")
     return BenchReport(
         schema_version=SCHEMA_VERSION,
         kind=KIND,
@@ -66,19 +64,19 @@ def measure(
         commit=commit(),
         machine=place,
         state_before=before,
-        state_after=read_state(),
+        state_after=telemetry.after([*(state for timed, _ in results for state in timed.states), read_state()]),
         versions=checked[0].loaded.versions | {"nitro-rt": metadata.version("nitro-rt")},
-        protocol=_protocol(config, runs),
+        protocol=_protocol(config, runs, peers),
         installed_bytes=ours_bytes,
         installed_note=ours_note,
         ceilings=rates,
         runs=runs,
-        peers=tuple(peer for _, peers in results for peer in peers),
+        peers=peers,
     )
 
 
 def _run(checked: Checked, timed: Timed, rates: Iterable[Ceiling], config: BenchConfig, report: Report) -> Run:
-    summary = timing.summaries(timed.processes)
+    summary = timing.summaries(timed.processes) | timed.launched_alone
     medians = {stage: figures.p50 for stage, figures in summary.items()}
     num_steps = checked.case.num_steps
     works = roofline.stage_works(checked.works, num_steps, rates, checked.compute_dtypes, medians)
@@ -100,13 +98,15 @@ def _run(checked: Checked, timed: Timed, rates: Iterable[Ceiling], config: Bench
     )
 
 
-def _protocol(config: BenchConfig, runs: Sequence[Run]) -> Protocol:
+def _protocol(config: BenchConfig, runs: Sequence[Run], peers: Sequence[PeerRun]) -> Protocol:
     return Protocol(
         rules={
             "verification": "in a process that is not counted, pictures of the bundle's references against those of its "
             "float32 parent (PSNR, SSIM); a peer's picture against ours",
             "clock": "time.perf_counter inside the drawing process; device stages by CUDA events",
-            "timed span": "from the prompt as a string to the pictures in host memory; stages are the pipeline's own timings",
+            "timed span": "from the prompt as a string to the pictures in host memory; stages are the pipeline's own timings; "
+            "where one CUDA graph holds text, denoise and decode, their figures are of one process more that launches them one "
+            "by one",
             "warm-up": warmup.RULE,
             "statistics": samples.RULE,
             "throughput": timing.THROUGHPUT_RULE,
@@ -117,23 +117,9 @@ def _protocol(config: BenchConfig, runs: Sequence[Run]) -> Protocol:
         },
         images=max(run.summary["total"].num_samples for run in runs),
         processes=max(len(run.processes) for run in runs),
-        pairs=MAX_PAIRS if config.peers else 0,
+        pairs=max((len(peer.ours_ms) for peer in peers), default=0),
         concurrency=config.concurrency,
     )
-
-
-def _device(cases: Sequence[Case], state: MachineState) -> str:
-    """Raises: ConfigError where some bundles run on a GPU and some do not: one report is of one device."""
-    places = {case.on_gpu for case in cases}
-    if len(places) > 1:
-        raise ConfigError(
-            "some of these bundles run on a GPU and some on the processor; one report is of one device, time them apart"
-        )
-    if places == {False}:
-        return "cpu"
-    if state.gpu is not None:
-        return state.gpu.name
-    return next((gpu.name for gpu in find_driver().gpus), "gpu")
 
 
 def _device_memory_note(case: Case, memory: Memory) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from nitro_bench import svg
 from nitro_bench.bench_markdown import ms, psnr, ratio, share
-from nitro_bench.bench_report import STAGES, BenchReport, ColdStart, Run
+from nitro_bench.bench_report import ENGINE_STAGES, GRAPH_STAGE, STAGES, BenchReport, ColdStart, Run
 from nitro_bench.markup import cards, element, table
 
 MIB = 2**20
@@ -47,8 +47,8 @@ def waterfall(report: BenchReport) -> str:
 
 def _stage_names(runs: Iterable[Run]) -> list[str]:
     found = {name for run in runs for name in run.summary} - {"total", "outside_engines", "cpu"}
-    if "device" in found:
-        found -= {"text", "denoise", "decode"}  # they are inside it
+    if GRAPH_STAGE in found:
+        found -= set(ENGINE_STAGES)  # they are inside it
     return [*(stage for stage in STAGES if stage in found), *sorted(found - set(STAGES))]
 
 

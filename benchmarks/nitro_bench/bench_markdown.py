@@ -77,11 +77,13 @@ def ceilings_sentence(report: BenchReport) -> str:
     told = "; ".join(map(ceiling, report.ceilings)) or "none are known"
     shares = [work.achieved_share or 0.0 for run in report.runs for work in run.work]
     doubt = (
-        " A share above 100 % says that the machine was busier when its ceilings were measured."
+        " A share above 100 % says that the machine was busier when its ceilings were measured, or that an engine has a faster "
+        "kernel than the product that was measured."
         if max(shares, default=0.0) > 1
         else ""
     )
-    return f"Counted work of each stage under the ceilings of this machine: {told}.{doubt}"
+    whose = "this machine, as measured" if report.device == "cpu" else f"{report.device}, from its data sheet"
+    return f"Counted work of each stage under the ceilings of {whose}: {told}.{doubt}"
 
 
 def shown_stages(run: Run) -> Iterator[tuple[str, Summary]]:
@@ -280,10 +282,15 @@ def state_facts(state: MachineState) -> Iterator[tuple[str, str]]:
         yield "GPU", f"none: {state.reasons['gpu']}"
         return
     gpu = state.gpu
-    yield "GPU", f"{gpu.name}, driver {gpu.driver}, {gpu.temperature_c} C, {mib(gpu.used_memory_bytes)} MiB in use"
-    yield "GPU clocks", f"SM {gpu.sm_clock_mhz} of {gpu.max_sm_clock_mhz} MHz, memory {gpu.memory_clock_mhz} MHz"
-    yield "GPU power", f"{gpu.power_w:.0f} of {gpu.power_limit_w:.0f} W"
-    yield "GPU held down by", ", ".join(gpu.throttle_reasons) or "nothing"
+    yield "GPU", f"{gpu.name}, driver {gpu.driver}, {_told(gpu.temperature_c)} C, {mib(gpu.used_memory_bytes)} MiB in use"
+    clocks = (_told(clock) for clock in (gpu.sm_clock_mhz, gpu.max_sm_clock_mhz, gpu.memory_clock_mhz))
+    yield "GPU clocks", "SM {} of {} MHz, memory {} MHz".format(*clocks)
+    yield "GPU power", f"{_told(gpu.power_w)} of {_told(gpu.power_limit_w)} W"
+    yield "GPU held down by", "-" if gpu.throttle_reasons is None else ", ".join(gpu.throttle_reasons) or "nothing"
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _pairs(values: dict[str, str]) -> str:

@@ -21,7 +21,9 @@ KIND = "nitro-rt bench"
 STAGES = ("tokenize", "noise", "queue", "text", "denoise", "decode", "images")
 """In the order in which they run; a device bundle has `device` for text, denoise and decode."""
 ENGINE_STAGES = ("text", "denoise", "decode")
-"""What runs in engines; a device bundle has `device` for all of them."""
+"""What runs in engines."""
+GRAPH_STAGE = "device"
+"""All of them, where one CUDA graph holds them; the summary has each of them too, then, launched one by one elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

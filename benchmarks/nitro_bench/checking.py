@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from nitro_bench.checkpoints import checkpoint_of
 from nitro_bench.flops import Work
 from nitro_bench.peer import Loaded, Peer, PeerFailed
 from nitro_bench.subject import OURS, Case, subject_of, verified
+from nitro_bench.telemetry import MachineState, read_state
 from nitro_rt.arguments import checked_steps
 from nitro_rt.bundle import open_bundle
+from nitro_rt.device import find_driver
 from nitro_rt.errors import ConfigError, EngineMismatch
 from nitro_rt.quality import Images
 from nitro_rt.references import references_at
@@ -25,7 +27,7 @@ def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
     """Every subject, its files checked. Raises: ModelNotFound, BundleError, EngineMismatch, ConfigError."""
     cases: list[Case] = []
     for folder in config.bundles:
-        whole = open_bundle(folder)
+        whole = open_bundle(folder if folder.name not in ("", "..") else folder.resolve())  # its name stands in the report
         whole.verify()
         bundle = whole.at_size(config.size or whole.manifest.sizes_px[0])
         batch = config.batch or bundle.manifest.batch
@@ -33,7 +35,7 @@ def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
             raise EngineMismatch(
                 f"{folder} was built for batch {bundle.manifest.batch}, not {batch}; build with --batch {batch}"
             )
-        for num_steps in config.steps or bundle.built_steps:
+        for num_steps in dict.fromkeys(config.steps) or bundle.built_steps:
             checked_steps(num_steps, bundle)
             work = scratch / f"{len(cases)}"
             work.mkdir()
@@ -42,10 +44,37 @@ def open_cases(config: BenchConfig, scratch: Path) -> list[Case]:
     return cases
 
 
-def plan(config: BenchConfig) -> Iterator[str]:
-    """What would be timed beside what, one line each; nothing is drawn. Raises: as `open_cases`."""
+def name_of(config: BenchConfig, cases: Sequence[Case]) -> str:
+    """Of the report."""
+    return config.name or "+".join(dict.fromkeys(case.bundle.manifest.source.name for case in cases))
+
+
+def device_of(cases: Sequence[Case], state: MachineState) -> str:
+    """Raises: ConfigError where some bundles run on a GPU and some do not: one report is of one device."""
+    places = {case.on_gpu for case in cases}
+    if len(places) > 1:
+        raise ConfigError(
+            "some of these bundles run on a GPU and some on the processor; one report is of one device, time them apart"
+        )
+    if places == {False}:
+        return "cpu"
+    if state.gpu is not None:
+        return state.gpu.name
+    return next((gpu.name for gpu in find_driver().gpus), "gpu")
+
+
+def plan(config: BenchConfig, before_timing: Callable[[str, str], None] | None = None) -> Iterator[str]:
+    """What would be timed beside what, one line each; nothing is drawn.
+
+    Args:
+        before_timing: as of `nitro_bench.bench.measure`.
+    Raises: as `open_cases`; ConfigError for bundles of two devices.
+    """
     with tempfile.TemporaryDirectory(prefix="nitro-bench-") as scratch:
         cases = open_cases(config, Path(scratch))
+    device = device_of(cases, read_state())
+    if before_timing is not None:
+        before_timing(name_of(config, cases), device)
     for case in cases:
         pictures = len(references_at(case.bundle, case.num_steps))
         yield f"{case.id}: {case.bundle.backend}, batch {case.batch}, verified by {pictures} pictures of its parent"

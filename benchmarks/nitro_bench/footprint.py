@@ -13,9 +13,10 @@ EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tens
 NOTE = "the closure of nitro-rt[{}] in this environment; an editable nitro-rt's own files are not in it"
 
 
-def installed_bytes(backends: Iterable[str]) -> tuple[int | None, str]:
+def installed_bytes(backends: Iterable[str], *, on_gpu: bool) -> tuple[int | None, str]:
     """Bytes of what drawing with these backends needs, and what is counted, or why nothing is."""
-    extras = sorted({EXTRAS[backend] for backend in backends if backend in EXTRAS})
+    known = EXTRAS | ({"onnxruntime": "cuda"} if on_gpu else {})
+    extras = sorted({known[backend] for backend in backends if backend in known})
     try:
         from nitro_bench import environment
 

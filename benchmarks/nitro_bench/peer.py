@@ -18,7 +18,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ SERVE = Path(__file__).resolve().parent / "peers" / "serve.py"
 COMMAND_TIMEOUT_S = 3600.0
 """For one command: to convert and compile a full-size checkpoint, or a block of its images from several threads."""
 QUIT_TIMEOUT_S = 20.0
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "int8", "fp8")
 LAST_LINES = 3
 """Of standard error, in the reason of a crash."""
 
@@ -170,7 +172,9 @@ class PeerProcess:
             self._stderr.close()
             raise PeerFailed(peer.name, f"its interpreter does not start: {exc.strerror}; {peer.how_to_make}") from exc
         try:
-            self._start_ms = 1e3 * (self._answer("start")["started_at_s"] - self._started_s)
+            found = self._answer("start")
+            with self._understood("start"):
+                self._start_ms = 1e3 * (found["started_at_s"] - self._started_s)
         except BaseException:
             self.close()
             raise
@@ -178,17 +182,20 @@ class PeerProcess:
     def load(self, request: LoadRequest) -> Loaded:
         """Import and load. Raises: PeerFailed."""
         found = self._ask("load", request=dataclasses.asdict(request))
-        return Loaded(
-            compute_dtype=found["compute_dtype"],
-            versions=found["versions"],
-            notes=tuple(found["notes"]),
-            start_ms=self._start_ms,
-            import_ms=found["import_ms"],
-            load_ms=found["load_ms"],
-            capture_ms=found["capture_ms"],
-            compute_dtypes=found.get("compute_dtypes", {}),
-            differs=found.get("differs", ""),
-        )
+        with self._understood("load"):
+            if found["compute_dtype"] not in COMPUTE_DTYPES:
+                raise ValueError(f"compute_dtype {found['compute_dtype']!r} is none of {', '.join(COMPUTE_DTYPES)}")
+            return Loaded(
+                compute_dtype=found["compute_dtype"],
+                versions=found["versions"],
+                notes=tuple(found["notes"]),
+                start_ms=self._start_ms,
+                import_ms=found["import_ms"],
+                load_ms=found["load_ms"],
+                capture_ms=found["capture_ms"],
+                compute_dtypes=found.get("compute_dtypes", {}),
+                differs=found.get("differs", ""),
+            )
 
     def draw(self, request: DrawRequest, num_images: int = 1, save: Path | None = None) -> Drawn:
         """Draw the same picture `num_images` times.
@@ -199,23 +206,26 @@ class PeerProcess:
         """
         fields = dataclasses.asdict(request)
         found = self._ask("draw", request=fields, num_images=num_images, save=None if save is None else str(save))
-        return Drawn(
-            image_ms=tuple(found["image_ms"]),
-            cpu_ms=tuple(found["cpu_ms"]),
-            timings_ms=tuple(found["timings_ms"]),
-            since_start_ms=1e3 * (found["at_s"] - self._started_s),
-        )
+        with self._understood("draw"):
+            return Drawn(
+                image_ms=tuple(found["image_ms"]),
+                cpu_ms=tuple(found["cpu_ms"]),
+                timings_ms=tuple(found["timings_ms"]),
+                since_start_ms=1e3 * (found["at_s"] - self._started_s),
+            )
 
     def throughput_s(self, request: DrawRequest, num_threads: int, num_images: int) -> float:
         """Seconds that `num_images` calls take from `num_threads` threads of its process. Raises: PeerFailed."""
         fields = dataclasses.asdict(request)
-        seconds: float = self._ask("throughput", request=fields, num_threads=num_threads, num_images=num_images)["seconds"]
-        return seconds
+        found = self._ask("throughput", request=fields, num_threads=num_threads, num_images=num_images)
+        with self._understood("throughput"):
+            return float(found["seconds"])
 
     def memory(self) -> Memory:
         """Raises: PeerFailed."""
         found = self._ask("memory")
-        return Memory(peak_rss_bytes=found["peak_rss_bytes"], device_peak_bytes=found["device_peak_bytes"])
+        with self._understood("memory"):
+            return Memory(peak_rss_bytes=found["peak_rss_bytes"], device_peak_bytes=found["device_peak_bytes"])
 
     def close(self) -> None:
         """Ask the process to end, and end it, with all that it started. A second call does nothing."""
@@ -256,16 +266,27 @@ class PeerProcess:
     def _answer(self, command: str) -> dict[str, Any]:
         line = self._line(command)
         try:
-            found = json.loads(line)
+            found: dict[str, Any] = json.loads(line)
         except ValueError as exc:
             self._kill()
             raise PeerFailed(self.peer.name, f"answered {command} with {line[:80]!r}, which is no JSON") from exc
-        if not found.pop("ok"):
+        with self._understood(command):
+            if not found.pop("ok"):
+                self._kill()
+                reason = found.get("cannot_run")
+                told = f"cannot run here: {reason}" if reason else f"{command} failed: {found['error']}"
+                raise PeerFailed(self.peer.name, told)
+        return found
+
+    @contextmanager
+    def _understood(self, command: str) -> Iterator[None]:
+        """An adapter that leaves out what it must tell, or tells nonsense, fails alone. Raises: PeerFailed."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             self._kill()
-            reason = found.get("cannot_run")
-            raise PeerFailed(self.peer.name, f"cannot run here: {reason}" if reason else f"{command} failed: {found['error']}")
-        answer: dict[str, Any] = found
-        return answer
+            what = f"without {exc}" if isinstance(exc, KeyError) else f"with what cannot be read: {exc}"
+            raise PeerFailed(self.peer.name, f"answered {command} {what}; its adapter is at fault") from exc
 
     def _line(self, command: str) -> bytes:
         """The next line of the process, waited for at most as long as a command may take."""
@@ -284,7 +305,11 @@ class PeerProcess:
         return line
 
     def _death(self, command: str) -> str:
-        status = self._process.wait()
+        try:
+            status = self._process.wait(QUIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it has closed its output and hangs in its own end
+            self._kill()
+            status = self._process.wait()
         how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
         self._stderr.seek(0)
         lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]

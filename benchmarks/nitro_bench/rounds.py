@@ -5,6 +5,7 @@ A peer whose process does not fit into memory beside ours has its turn when ours
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from functools import partial
 
 from nitro_bench import pairing, samples, timing
 from nitro_bench.bench_config import MAX_PAIRS, PAIR_SECONDS, BenchConfig, Report
-from nitro_bench.bench_report import PeerRun, Process, Throughput
+from nitro_bench.bench_report import ENGINE_STAGES, GRAPH_STAGE, PeerRun, Process, Throughput
 from nitro_bench.checking import Checked
 from nitro_bench.checkpoints import folder_bytes
 from nitro_bench.footprint import peer_bytes
 from nitro_bench.peer import Memory, PeerFailed
+from nitro_bench.samples import Summary
 from nitro_bench.subject import OURS
+from nitro_bench.telemetry import MachineState, read_state
 from nitro_engines.host import available_bytes
 
 
@@ -28,6 +31,10 @@ class Timed:
     processes: list[Process]
     throughput: tuple[Throughput, ...]
     memory: Memory
+    states: list[MachineState]
+    """The machine right after the timed images of each process, while a GPU is still warm."""
+    launched_alone: dict[str, Summary]
+    """Stages that a CUDA graph holds together, in milliseconds, launched one by one; empty where the processes told them."""
 
 
 class Rounds:
@@ -51,11 +58,13 @@ class Rounds:
         case, config = self._checked.case, self._config
         load, draw = case.load_request(case.bundle.folder, OURS), case.draw_request()
         processes: list[Process] = []
+        states: list[MachineState] = []
         throughput: tuple[Throughput, ...] = ()
         for number in range(self._num_processes):
             started = timing.start(OURS, load, draw, config.timeout_s)
             with started.process as process:
                 processes.append(timing.time_images(started, draw, self._share(number)))
+                states.append(read_state())
                 self._report(f"{case.id}: process {number + 1} of {self._num_processes}: {_process_sentence(processes[-1])}")
                 memory = process.memory()
                 for tried in self._tried(apart=False):
@@ -64,7 +73,24 @@ class Rounds:
                     throughput = timing.throughput(process, draw, config.concurrency, self._checked.image_ms, processes)
             for tried in self._tried(apart=True):
                 self._time_peer(tried, partial(self._take_turn_apart, processes[-1], tried))
-        return Timed(processes=processes, throughput=throughput, memory=memory), self._peer_runs()
+        timed = Timed(
+            processes=processes,
+            throughput=throughput,
+            memory=memory,
+            states=states,
+            launched_alone=self._launched_alone() if GRAPH_STAGE in processes[0].stages_ms else {},
+        )
+        return timed, self._peer_runs()
+
+    def _launched_alone(self) -> dict[str, Summary]:
+        """Of one process more, without CUDA graphs."""
+        case = self._checked.case
+        load = case.load_request(case.bundle.folder, OURS)
+        load = dataclasses.replace(load, options=load.options | {"cuda_graphs": "off"})
+        started = timing.start(OURS, load, case.draw_request(), self._config.timeout_s)
+        with started.process:
+            alone = timing.time_images(started, case.draw_request(), self._share(0))
+        return {stage: samples.summary_of(values) for stage, values in alone.stages_ms.items() if stage in ENGINE_STAGES}
 
     def _share(self, number: int) -> int:
         """Images of one process; the first take what does not divide."""

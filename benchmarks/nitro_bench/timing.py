@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nitro_bench import yardstick
-from nitro_bench.bench_report import ENGINE_STAGES, ColdStart, Process, Throughput
+from nitro_bench.bench_report import ENGINE_STAGES, GRAPH_STAGE, ColdStart, Process, Throughput
 from nitro_bench.peer import Drawn, DrawRequest, Loaded, LoadRequest, Peer, PeerProcess
 from nitro_bench.samples import Summary, summary_of
 from nitro_bench.warmup import VERY_SLOW_MS, WarmUp, warm_up
@@ -146,7 +146,7 @@ def outside_ms(processes: Iterable[Process]) -> list[float]:
 
 def engine_stages(process: Process) -> tuple[str, ...]:
     """A device bundle times everything from the first upload to the last download as one."""
-    return ("device",) if "device" in process.stages_ms else ENGINE_STAGES
+    return (GRAPH_STAGE,) if GRAPH_STAGE in process.stages_ms else ENGINE_STAGES
 
 
 def outside_share(processes: Sequence[Process]) -> float:

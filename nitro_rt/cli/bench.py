@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from nitro_rt.cli.interrupt import tidy_when_ended
 from nitro_rt.cli.output import needs_extra, progress
 from nitro_rt.errors import ConfigError
 
@@ -65,12 +66,14 @@ def command(
     """
     if force and report_folder is None:
         raise ConfigError("--force replaces a report, and none is written; say where to: --report DIR")
-    with needs_extra("bench"):
+    if checkpoint is not None and not peers:
+        raise ConfigError("--checkpoint is what peers draw with, and none was asked for; name them: --peers diffusers")
+    with needs_extra("bench"), tidy_when_ended():
         from nitro_bench.bench import measure
         from nitro_bench.bench_config import BenchConfig
         from nitro_bench.bench_markdown import markdown
         from nitro_bench.checking import plan
-        from nitro_bench.publish import ReportFolder, write_text
+        from nitro_bench.publish import ReportFolder, require_place, write_text
 
         config = BenchConfig(
             bundles=bundles,
@@ -87,18 +90,21 @@ def command(
             name=name,
             command=_typed(),
         )
+        folder = None if report_folder is None else ReportFolder(report_folder, force=force)
+        if json_file is not None:
+            require_place(json_file)
         if dry_run:
-            for line in plan(config):
+            for line in plan(config, before_timing=folder.require_free if folder else None):
                 click.echo(line)
             return
-        folder = None if report_folder is None else ReportFolder(report_folder, force=force)
         with progress("timing") as report:
             result = measure(config, report, before_timing=folder.require_free if folder else None)
         click.echo(markdown(result))
-        if json_file is not None:
-            write_text(json_file, result.to_json())
-        if folder is not None:
-            for path in folder.publish(result):
+        try:
+            if json_file is not None:
+                write_text(json_file, result.to_json())
+        finally:  # what took hours is written where it still can be
+            for path in folder.publish(result) if folder is not None else ():
                 click.echo(f"written: {path}", err=True)
 
 
@@ -115,7 +121,8 @@ def _typed() -> str:
         if context.get_parameter_source(parameter.name or "") is not ParameterSource.COMMANDLINE:
             continue
         texts = [
-            item.name if isinstance(item, Path) else str(item) for item in (value if isinstance(value, tuple) else (value,))
+            item.resolve().name if isinstance(item, Path) else str(item)
+            for item in (value if isinstance(value, tuple) else (value,))
         ]
         if isinstance(parameter, click.Argument):
             words += texts

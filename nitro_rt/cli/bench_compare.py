@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from nitro_rt.cli.interrupt import tidy_when_ended
 from nitro_rt.cli.output import json_option, needs_extra, print_json, progress
 from nitro_rt.errors import ConfigError
 
@@ -35,7 +36,7 @@ def command(old: Path, new: Path, max_slowdown: float, as_json: bool) -> int:
     Both are reports (the JSON of nitro-rt bench) of one machine, or both are bundles: these are then timed in turns, which
     tells smaller changes on a machine that is not idle.
     """
-    with needs_extra("bench"):
+    with needs_extra("bench"), tidy_when_ended():
         from nitro_bench.compare import compare, read_report, sentences
         from nitro_bench.side_by_side import compare_bundles
 

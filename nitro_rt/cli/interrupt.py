@@ -1,7 +1,7 @@
-"""Ctrl-C while a library works that cannot be interrupted: it is said, and a second Ctrl-C ends the process at once.
+"""Signals that end a command: Ctrl-C while a library works that cannot be interrupted, and an end asked for from outside.
 
 Python raises KeyboardInterrupt between two of its own instructions. Loading a network of gigabytes is one call of a library,
-and until it returns nothing would seem to happen.
+and until it returns nothing would seem to happen: it is said, and a second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from types import FrameType
 import click
 
 PATIENCE_S = 1.0
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""`timeout` and a service manager send the first, a terminal that closes the second; nohup ignores it."""
 INTERRUPTED = 130
 """The exit code of what was interrupted."""
 
@@ -47,6 +49,21 @@ def interruptible(cannot: str) -> Iterator[None]:
         theirs.close()  # which ends the watcher
         watcher.join()
         ours.close()
+
+
+@contextmanager
+def tidy_when_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit inside, so that child processes and scratch folders go too. For the main thread."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, handler) for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def _watch(signals: socket.socket, noticed: threading.Event, cannot: str) -> None:

@@ -11,14 +11,14 @@ import fake_peer
 import numpy as np
 import pytest
 
-from nitro_bench import bench
+from nitro_bench import checking, timing
 from nitro_bench.bench import measure
 from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_html import html
 from nitro_bench.bench_markdown import markdown
-from nitro_bench.bench_report import BenchReport
+from nitro_bench.bench_report import ENGINE_STAGES, BenchReport
 from nitro_bench.checking import open_cases
-from nitro_bench.peer import Peer
+from nitro_bench.peer import Drawn, LoadRequest, Peer, PeerProcess
 from nitro_bench.peers.catalogue import PEERS
 from nitro_rt.bundle import open_bundle
 from nitro_rt.device import Driver, Gpu
@@ -242,11 +242,43 @@ def test_every_side_gets_the_noise_of_its_seed(little_bundle: Path, tmp_path: Pa
 
 def test_one_report_is_of_one_device(little_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = open_cases(config_of(little_bundle, steps=(1, 2)), tmp_path)
-    assert bench._device(cases, bench_reports.STATE) == "cpu"
+    assert checking.device_of(cases, bench_reports.STATE) == "cpu"
     monkeypatch.setattr("nitro_bench.subject.DEVICE_BACKENDS", ("reference",))
     driver = Driver(found=True, cuda_version="13.0", gpus=(Gpu(name="NVIDIA L4", target="sm89"),), reason="")
-    monkeypatch.setattr(bench, "find_driver", lambda: driver)
-    assert bench._device(cases, bench_reports.STATE) == "NVIDIA L4"
+    monkeypatch.setattr(checking, "find_driver", lambda: driver)
+    assert checking.device_of(cases, bench_reports.STATE) == "NVIDIA L4"
     monkeypatch.setattr(type(cases[0]), "on_gpu", property(lambda case: case.num_steps == 1))
     with pytest.raises(ConfigError, match="some on the processor; one report is of one device"):
-        bench._device(cases, bench_reports.STATE)
+        checking.device_of(cases, bench_reports.STATE)
+
+
+def test_a_step_count_named_twice_and_a_folder_named_by_a_dot(
+    little_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(little_bundle)
+    cases = open_cases(config_of(Path("."), steps=(1, 1)), tmp_path)
+    assert [case.id for case in cases] == ["little, 1 step, 32 px"]
+
+
+def test_stages_in_one_cuda_graph_are_timed_alone_too(little_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose engines run as one tells `device`; one more without graphs tells the stages."""
+    draw, options = PeerProcess.draw, []
+    start = timing.start
+
+    def started(peer: Peer, load: LoadRequest, *rest: Any) -> timing.Started:
+        options.append(load.options)
+        return start(peer, dataclasses.replace(load, options={}), *rest)
+
+    def drawn(self: PeerProcess, request: Any, num_images: int = 1, save: Path | None = None) -> Drawn:
+        found = draw(self, request, num_images, save)
+        if options[-1] == {"cuda_graphs": "off"}:
+            return found
+        times = [{name: ms for name, ms in told.items() if name not in ENGINE_STAGES} for told in found.timings_ms]
+        return dataclasses.replace(found, timings_ms=tuple(told | {"device": 0.5} for told in times))
+
+    monkeypatch.setattr(timing, "start", started)
+    monkeypatch.setattr(PeerProcess, "draw", drawn)
+    (run,) = measure(config_of(little_bundle, processes=1, concurrency=(1,)), lambda line: None).runs
+    assert options == [{}, {}, {"cuda_graphs": "off"}]
+    assert run.summary["device"].p50 == 0.5 and all(run.summary[stage].num_samples == 8 for stage in ENGINE_STAGES)
+    assert "denoise" not in run.processes[0].stages_ms

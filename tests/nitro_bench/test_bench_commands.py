@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import bench_reports
@@ -13,6 +14,7 @@ from nitro_bench.bench_config import BenchConfig
 from nitro_bench.bench_report import BenchReport
 from nitro_bench.compare import Comparison
 from nitro_rt.cli import main
+from nitro_rt.errors import ConfigError
 
 
 @pytest.fixture
@@ -96,6 +98,9 @@ def test_a_report_folder_is_written_once(
         (["bench", "a", "--peers", "nobody"], 1, "there is no peer 'nobody'; available: "),
         (["bench", "a", "--predict", "h1000"], 1, "'h1000' is not known; available: h100"),
         (["bench", "a", "--force"], 1, "--force replaces a report, and none is written"),
+        (["bench", "a", "--checkpoint", "b"], 1, "--checkpoint is what peers draw with, and none was asked for"),
+        (["bench", "a", "--json", "no/such/folder.json"], 1, "nothing can be written into no/such: No such file or directory"),
+        (["bench", "a", "--json", "/"], 1, "/ is a folder; name a file in it, such as /bench.json"),
         (["bench", "absent"], 1, "no bundle at absent"),
         (["bench-compare", "a.json"], 2, "Missing argument"),
         (["bench-compare", "a.json", "b.json"], 1, "there is no file a.json"),
@@ -106,6 +111,38 @@ def test_a_report_folder_is_written_once(
 def test_wrong_usage(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_taken_name_is_refused_by_a_dry_run_too(
+    little_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", str(little_bundle), "--dry-run", "--report", str(tmp_path / "reports")]
+    assert main(words) == 0 and not (tmp_path / "reports").exists()
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / f"tiny_cpu_{time.strftime('%Y%m')}.md").write_text("")
+    assert main(words) == 1
+    assert "is there already; --force replaces it" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_timed(
+    measured: list[BenchConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "a", "--report", str(tmp_path / "file" / "reports")]) == 1 and not measured
+    assert "nothing can be written into" in capsys.readouterr().err
+
+
+def test_a_report_is_written_although_the_json_fails(
+    measured: list[BenchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise ConfigError(f"{path} cannot be written: No space left on device; choose another place")
+
+    published: list[BenchReport] = []
+    monkeypatch.setattr("nitro_bench.publish.write_text", full)
+    monkeypatch.setattr("nitro_bench.publish.ReportFolder.publish", lambda self, report: published.append(report) or ())
+    assert main(["bench", "a", "--json", str(tmp_path / "a.json"), "--report", str(tmp_path / "reports")]) == 1
+    assert [report.name for report in published] == ["nitro-emoji"]
 
 
 def write(path: Path, seed: int, scale: float = 1.0) -> str:

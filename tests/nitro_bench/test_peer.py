@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,10 +60,48 @@ def test_a_process_loads_draws_and_ends(load: LoadRequest, drawing: DrawRequest,
         ("missing", "cannot run here: ModuleNotFoundError: No module named 'a_package_that_nobody_has'"),
         ("exit", "its process ended with exit code 3 during load: a library that prints on standard output / a last word"),
         ("nonsense", "answered load with b'not json', which is no JSON"),
+        ("numpy", "load failed: TypeError: Object of type float32 is not JSON serializable"),
+        ("silent", "answered load without 'compute_dtype'; its adapter is at fault"),
     ],
 )
 def test_what_goes_wrong_is_told(load: LoadRequest, mode: str, reason: str) -> None:
     assert failing(load, mode) == reason
+
+
+def test_a_type_that_nobody_knows_is_told(load: LoadRequest) -> None:
+    with pytest.raises(
+        PeerFailed, match=r"cannot be read: compute_dtype 'tf32' is none of float32, .*; its adapter is at fault"
+    ):
+        with PeerProcess(FAKE) as process:
+            process.load(dataclasses.replace(load, options={"dtype": "tf32"}))
+
+
+def test_a_process_that_ends_its_output_and_hangs_is_ended(load: LoadRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nitro_bench.peer.QUIT_TIMEOUT_S", 0.2)
+    assert failing(load, "stuck").startswith("its process ended by signal SIGKILL during load: ")
+
+
+BENCHMARK = """
+import sys, time
+from pathlib import Path
+from nitro_bench.peer import Peer, PeerProcess
+process = PeerProcess(Peer(name="fake", title="Fake", adapter=Path(sys.argv[1]), python=Path(sys.executable)))
+print(process._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_side_outlives_a_benchmark_that_is_killed() -> None:
+    command = [sys.executable, "-c", BENCHMARK, fake_peer.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        side = int(benchmark.stdout.readline())
+        assert alive_in_session(side)
+        benchmark.kill()
+    deadline_s = time.monotonic() + 30
+    while alive_in_session(side) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not alive_in_session(side)
 
 
 def test_a_crash_is_told_with_its_signal(load: LoadRequest) -> None:

@@ -76,6 +76,14 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_its_last_word(given: di
     assert list(given["models"].iterdir()) == []
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next(given: dict[str, Any]) -> None:
+    left = given["models"] / ".making-abc" / "out"
+    left.mkdir(parents=True)
+    (left / "half.bin").write_bytes(b"x")
+    found = converted(**given)
+    assert list(given["models"].iterdir()) == [found.folder]
+
+
 def test_the_largest_tensor_tells_what_weights_are_stored_in(given: dict[str, Any], tmp_path: Path) -> None:
     assert stored_dtype(given["model"]) == "F16"
     with pytest.raises(FileNotFoundError, match="holds no .safetensors file"):

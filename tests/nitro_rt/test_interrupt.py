@@ -9,6 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
+from nitro_rt.cli.interrupt import tidy_when_ended
+
 CODE = """
 import hashlib, sys, time
 from nitro_rt.cli import interrupt
@@ -64,3 +68,36 @@ def test_a_call_that_holds_on_is_waited_for_otherwise() -> None:
 def test_without_an_interrupt_nothing_is_left() -> None:
     with at_work("pass") as process:
         assert process.communicate(timeout=30) == ("done\n", "")
+
+
+ENDED = """
+import time
+from nitro_rt.cli import interrupt
+try:
+    with interrupt.tidy_when_ended():
+        print("ready", flush=True)
+        time.sleep(60)
+finally:
+    print("tidied", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_end_from_outside_leaves_time_to_tidy_up(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDED], text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == "tidied\n"
+    assert process.returncode == 128 + number
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    """nohup ignores the end of the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with tidy_when_ended():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -31,12 +31,12 @@ def _diffusers(name: str, title: str, **options: str) -> Peer:
     )
 
 
-def _diffusers_on_gpu(name: str, title: str, **options: str) -> Peer:
+def _diffusers_on_gpu(name: str, title: str, environment: str, **options: str) -> Peer:
     return Peer(
         name=name,
         title=title,
         adapter=FOLDER / "diffusers_pipeline.py",
-        python=_python("torch-tensorrt"),
+        python=_python(environment),
         options={"device": "cuda", "dtype": "float16", "models": str(MODELS), **options},
         how_to_make=HOW_TO_MAKE_FOR_GPU,
     )
@@ -85,9 +85,13 @@ PEERS: dict[str, Peer] = {
         _genai("openvino-genai", "OpenVINO GenAI, float32"),
         _genai("openvino-genai-bf16", "OpenVINO GenAI, bfloat16", precision="bf16"),
         _genai("openvino-genai-int8", "OpenVINO GenAI, INT8 weights", weights="int8"),
-        _diffusers_on_gpu("diffusers-cuda", "diffusers on a GPU, eager, float16"),
-        _diffusers_on_gpu("diffusers-compile-cuda", "diffusers on a GPU, torch.compile, float16", compile="inductor"),
-        _diffusers_on_gpu("torch-tensorrt", "diffusers on a GPU, Torch-TensorRT, float16", compile="torch_tensorrt"),
+        _diffusers_on_gpu("diffusers-cuda", "diffusers on a GPU, eager, float16", "diffusers"),
+        _diffusers_on_gpu(
+            "diffusers-compile-cuda", "diffusers on a GPU, torch.compile, float16", "diffusers", compile="inductor"
+        ),
+        _diffusers_on_gpu(
+            "torch-tensorrt", "diffusers on a GPU, Torch-TensorRT, float16", "torch-tensorrt", compile="torch_tensorrt"
+        ),
         _onnxruntime_on_gpu("onnxruntime-cuda", "optimum-onnx on CUDA, float16", "CUDAExecutionProvider"),
         _onnxruntime_on_gpu("onnxruntime-tensorrt", "optimum-onnx on TensorRT, float16", "TensorrtExecutionProvider"),
     )

@@ -2,11 +2,12 @@
 
 A conversion runs in a process of its own, so neither its imports nor its memory count as the peer's, and is kept beside the
 environments under a key of the checkpoint's files, the way of converting and the environment's pins. It is published by one
-rename, so a killed one leaves nothing. Standard library only.
+rename; what a killed one left is removed by the next. Standard library only.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,34 @@ def converted(models: Path, python: Path, script: Path, model: Path, settings: M
     facts = folder / FACTS_FILE
     if not facts.is_file():
         models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models, prefix=".making-") as scratch:
-            out = Path(scratch) / "out"
-            out.mkdir()
-            checkpoint = in_transformers_4_form(model, Path(scratch) / "checkpoint")
-            limit_bytes = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-            where = {"checkpoint": str(checkpoint), "out": str(out), "limit_bytes": limit_bytes}
-            told = _run(python, script, {**settings, **where})
-            (out / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            _publish(out, folder)
+        with _alone_in(models):
+            if not facts.is_file():
+                _convert(folder, python, script, model, settings)
     return Conversion(folder=folder, facts=json.loads(facts.read_text(encoding="utf-8")))
+
+
+def _convert(folder: Path, python: Path, script: Path, model: Path, settings: Mapping[str, Any]) -> None:
+    for left in folder.parent.glob(".making-*"):  # by a conversion that was killed: nobody else works here now
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        out = Path(scratch) / "out"
+        out.mkdir()
+        checkpoint = in_transformers_4_form(model, Path(scratch) / "checkpoint")
+        limit_bytes = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        told = _run(python, script, {**settings, "checkpoint": str(checkpoint), "out": str(out), "limit_bytes": limit_bytes})
+        (out / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        os.replace(out, folder)
+
+
+@contextmanager
+def _alone_in(models: Path) -> Iterator[None]:
+    """One conversion at a time: it may take most of the machine's memory."""
+    descriptor = os.open(models, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _key(model: Path, script: Path, settings: Mapping[str, Any], pins: Path) -> str:
@@ -88,12 +108,3 @@ def _run(python: Path, script: Path, request: Mapping[str, Any]) -> dict[str, An
         raise RuntimeError(f"{script.name} ended with {done.returncode}: {lines[-1] if lines else 'it printed nothing'}")
     told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {"seconds": round(time.perf_counter() - start_s, 1), **told}
-
-
-def _publish(out: Path, folder: Path) -> None:
-    try:
-        os.replace(out, folder)
-    except OSError:
-        if not (folder / FACTS_FILE).is_file():
-            raise
-        shutil.rmtree(out)  # another process has published the same meanwhile

@@ -1,4 +1,7 @@
-"""Ours: a bundle drawn by `nitro_rt.Pipeline`, in a process of its own like every other side."""
+"""Ours: a bundle drawn by `nitro_rt.Pipeline`, in a process of its own like every other side.
+
+Options: `cuda_graphs`, as of `nitro_rt.executor.DeviceOptions`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Adapter:
 
         def open_here() -> Executor:
             """Keeps the executor at hand, which can tell what a pipeline does not."""
-            opened.append(open_executor(only, DeviceOptions()))  # as Pipeline.load: what was compiled once is kept
+            opened.append(open_executor(only, DeviceOptions(**request["options"])))  # as Pipeline.load: its caches are kept
             return opened[0]
 
         gpu = read_state().gpu
@@ -63,7 +66,7 @@ class Adapter:
         from nitro_bench.telemetry import read_state
 
         gpu = read_state().gpu
-        if gpu is None or self._gpu_bytes_before is None:
+        if gpu is None or gpu.used_memory_bytes is None or self._gpu_bytes_before is None:
             return None
         return max(0, gpu.used_memory_bytes - self._gpu_bytes_before)
 

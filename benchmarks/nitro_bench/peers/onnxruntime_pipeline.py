@@ -68,7 +68,7 @@ class Adapter(PipelineAdapter):
             made.folder,
             export=False,
             providers=providers,
-            provider_options=[provider_options(name, Path(request["work"])) for name in providers],
+            provider_options=[provider_options(name, Path(request["work"]), dtype) for name in providers],
             session_options=settings,
         )
         for name in ("text_encoder", "text_encoder_2", "unet", "vae_decoder"):
@@ -78,13 +78,14 @@ class Adapter(PipelineAdapter):
         return {"compute_dtype": dtype, "notes": [f"{threads}dynamic shapes, as optimum exports", made.note]}
 
 
-def provider_options(provider: str, work: Path) -> dict[str, str]:
+def provider_options(provider: str, work: Path, dtype: str) -> dict[str, str]:
     """What a user sets: TensorRT's engines are kept, and may compute in the graph's own float16."""
     if provider != TENSORRT:
         return {}
     folder = work / "tensorrt"
     folder.mkdir(exist_ok=True)
-    return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_timing_cache_enable": "1"}
+    kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_timing_cache_enable": "1"}
+    return kept | {"trt_fp16_enable": str(int(dtype == "float16"))}
 
 
 def require_provider(found: list[str], provider: str, part: str) -> None:

@@ -9,9 +9,11 @@ print). `nitro_bench.peer` is the other end and names the fields.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 
 
 def share_package() -> None:
@@ -138,7 +142,9 @@ def answer(server: Server, line: str) -> dict[str, Any]:
         command = fields.pop("command")
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}")
-        return {"ok": True, **getattr(server, command)(**fields)}
+        facts = {"ok": True, **getattr(server, command)(**fields)}
+        json.dumps(facts)  # what an adapter tells may hold a NumPy number
+        return facts
     except Exception as exc:  # of whatever library draws: the answer tells it, and the other side goes on
         traceback.print_exc()
         what = "cannot_run" if type(exc).__name__ == "CannotRun" or isinstance(exc, ImportError) else "error"
@@ -146,7 +152,14 @@ def answer(server: Server, line: str) -> dict[str, Any]:
         return {"ok": False, what: text}
 
 
+def die_with_parent() -> None:
+    """A benchmark that is killed must not leave a process behind that computes for another hour."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    die_with_parent()
     # The protocol keeps the real standard output; what libraries print goes to standard error.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
