@@ -22,8 +22,8 @@ BYTES_PER_LAYER, BYTES_PER_PLAN = 12 << 10, 1 << 20
 """What a plan may hold beside weights, for each layer of the network and for itself. Measured: 5 to 10 KiB for each."""
 
 _MULTIPLIES = re.compile(r"gemm|conv|matmul|matrix.?multiply|mha|attention", re.IGNORECASE)
-_WORDS = {"float16": r"half|fp16|float16", "bfloat16": r"bf16|bfloat", "float32": r"fp32|float32|float\b"}
-"""How the inspector calls a type; it has changed its words between releases."""
+_WORDS = {"bfloat16": r"bf16|bfloat", "float16": r"half|fp16|float16", "float32": r"fp32|float32|float\b"}
+"""How the inspector calls a type; it has changed its words between releases. The first that fits: BFloat16 holds Float16."""
 
 
 def check_network(counts: Mapping[str, int], compute_dtype: str, name: str) -> None:

@@ -93,6 +93,13 @@ def test_the_inspectors_answer(words: str, kind: str) -> None:
         check_inspection(layers(words, words, kind=kind), "bfloat16", "denoise-1.onnx")
 
 
+@pytest.mark.parametrize("words", ["BF16", "BFloat16", "Row major linear BFloat16 format"])
+def test_the_inspector_tells_bfloat16_from_float16(words: str) -> None:
+    assert check_inspection(layers(words, words), "bfloat16", "denoise-1.onnx") == ""
+    with pytest.raises(BuildError, match="denoise-1.onnx should compute in float16, .* of 2 multiplications 2 in bfloat16"):
+        check_inspection(layers(words, words), "float16", "denoise-1.onnx")
+
+
 @pytest.mark.parametrize("words", ["Float", "Row major linear FP32", "float32"])
 def test_the_inspector_finds_float32(words: str) -> None:
     with pytest.raises(BuildError, match="should compute in float16, .* 1 in float16, 2 in float32"):
