@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+import nitro_rt
 from nitro_rt.errors import BuildError, NitroError
 
 Report = Callable[[str], None]
@@ -102,14 +103,25 @@ def locked(path: Path, waiting: str, report: Report) -> Iterator[FileLock]:
         lock.release()
 
 
-def source_sha256(package: Path) -> str:
-    """Digest of a package's Python files: what code made an artefact is part of its key."""
+def source_sha256(package: Path, without: tuple[str, ...] = ()) -> str:
+    """Digest of a package's Python files: what code made an artefact is part of its key.
+
+    Args: without: what the paths inside begin with that are left out.
+    """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")) if package.is_dir() else [package]:
+        name = path.name if path == package else path.relative_to(package).as_posix()
+        if name.startswith(without):
+            continue
         content = path.read_bytes()
-        digest.update(f"{path.name if path == package else path.relative_to(package).as_posix()}\0{len(content)}\0".encode())
+        digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def runtime_sha256() -> str:
+    """Digest of the code that draws: all of nitro_rt but its command line, whose words change no picture."""
+    return source_sha256(Path(str(nitro_rt.__file__)).parent, without=("cli/",))
 
 
 def _advice(exc: OSError, at: Path) -> str:

@@ -10,28 +10,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import nitro_rt.quality
-import nitro_rt.references
 from nitro_engines.backends import Backend, load_backend
 from nitro_engines.cache import EngineCache
-from nitro_engines.files import Report, foreign_errors, source_sha256
+from nitro_engines.files import Report, foreign_errors, runtime_sha256, source_sha256
 from nitro_engines.graphs import sized_stage
 from nitro_engines.history import running_files
 from nitro_engines.host import cpu_target
-from nitro_engines.keys import key_of
+from nitro_engines.keys import Fields, key_of
 from nitro_engines.publish import assemble, engines_of
 from nitro_engines.quantisation import QUANTISED
 from nitro_engines.references import references_of
 from nitro_rt.bundle import Bundle, open_bundle
-from nitro_rt.device import RUNTIMES
+from nitro_rt.device import RUNTIMES, find_driver
 from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, EngineMismatch
 from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, SizeEngines, from_json
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
-from nitro_rt.providers import GPU_PROVIDERS, provider_of
+from nitro_rt.providers import GPU_PROVIDERS
 from nitro_rt.quality import QualityResult, limits_of
 from nitro_rt.references import compare_with_parent, with_steps
 
-_JUDGES = (__file__, nitro_rt.quality.__file__, nitro_rt.references.__file__)
 Engines = dict[str, Engine]
 """By stage: `text`, `denoise/1`, ..., `decode`."""
 Compile = Callable[[Backend], Engines]
@@ -99,8 +96,8 @@ def measure(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, rep
             },
             "tokenizers": [dataclasses.asdict(tokenizer) for tokenizer in bundle.tokenizers],
             "references": [dataclasses.asdict(reference) for reference in bundle.references],
-            "machine": cpu_target(),
-            "code": [source_sha256(Path(str(file))) for file in _JUDGES],
+            "machine": {**cpu_target(), **_gpu_and_stand_in(bundle)},
+            "code": [source_sha256(Path(__file__)), runtime_sha256()],
         }
     )
     with cache.making(key, "this quality gate", report) as work:
@@ -176,18 +173,33 @@ def _judged_at(pipe: Pipeline, num_steps: int) -> QualityResult:
 def _runnable(bundle: BundleManifest, compile_on: Compile, cache: EngineCache, work: Path, report: Report) -> Iterator[Bundle]:
     """The bundle in a folder of its own, or the same graphs on a backend that runs here."""
     own = _assembled(work / "bundle", bundle, cache)
-    provider = provider_of(own)
-    if not (bundle.decode.backend in RUNTIMES or provider in GPU_PROVIDERS) or _loads(own):
+    if not _is_for_gpu(bundle) or _loads(own):
         yield own
         return
-    name = _stand_in(bundle)
-    report(f"{provider or bundle.decode.backend} engines do not run on this machine; their graphs are judged on {name}")
+    name, asked = _stand_in(bundle), bundle.decode.options.get("provider", bundle.decode.backend)
+    report(f"{asked} engines do not run on this machine; their graphs are judged on {name}")
     engines = compile_on(load_backend(name))
     if name == "onnxruntime":
         # Fused, its integer kernels would be judged (without VNNI their sums saturate), not the numbers of the graph.
         fused = any(engine.precision in QUANTISED for engine in engines.values())
         engines = {stage: _as_written(engine) if fused else engine for stage, engine in engines.items()}
     yield _assembled(work / "stand-in", _with_engines(bundle, engines), cache)
+
+
+def _is_for_gpu(bundle: BundleManifest) -> bool:
+    return bundle.decode.backend in RUNTIMES or bundle.decode.options.get("provider") in GPU_PROVIDERS
+
+
+def _gpu_and_stand_in(bundle: BundleManifest) -> Fields:
+    """For the key: what a GPU's engines are judged on beside the CPU. Which of the two draws is known once they are loaded."""
+    if not _is_for_gpu(bundle):
+        return {}
+    driver = find_driver()
+    try:
+        stand_in = load_backend(_stand_in(bundle)).toolchain()
+    except BackendUnavailable:  # said where it is needed
+        stand_in = {}
+    return {"gpus": [str(gpu) for gpu in driver.gpus], "driver": driver.version, "stand_in": stand_in}
 
 
 def _stand_in(bundle: BundleManifest) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nitro_export
+import nitro_rt.noise
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, source_sha256
 from nitro_engines.host import cpu_target, has_dot_products
@@ -44,10 +45,11 @@ class Quantisation:
     seed: int = 0
 
     def fields(self) -> Fields:
-        """For keys: the options, and the code that gives them their meaning."""
+        """For keys: the options, and the code that gives them their meaning or draws the noise to calibrate with."""
         package = Path(nitro_export.__file__).parent / "quantise"
         constants = {"max_calibration_px": MAX_CALIBRATION_PX, "pixels_per_drawing": PIXELS_PER_DRAWING}
-        return dataclasses.asdict(self) | constants | {"source": source_sha256(package)}
+        code = {"source": source_sha256(package), "noise": source_sha256(Path(nitro_rt.noise.__file__))}
+        return dataclasses.asdict(self) | constants | code
 
 
 def quantisation_of(precision: str, backend: str, provider: str | None = None) -> Quantisation | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import nitro_rt.noise
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, silent, source_sha256
 from nitro_engines.keys import Fields, key_of
@@ -136,11 +137,13 @@ class _Painter:
 
 
 def _code_sha256() -> dict[str, Any]:
-    """Of what draws: the parent, the parts it is made of, and the libraries that compute them."""
+    """Of what draws: the parent, the parts it is made of, the noise, and the libraries that compute them."""
     from importlib.metadata import version
 
     import nitro_export
 
     folder = Path(nitro_export.__file__).parent
-    fields: Fields = {name: source_sha256(folder / f"{name}.py") for name in ("loading", "parent", "stages")}
+    modules = ("checkpoint", "loading", "parent", "stages", "stored")
+    fields: Fields = {name: source_sha256(folder / f"{name}.py") for name in modules}
+    fields |= {"noise": source_sha256(Path(nitro_rt.noise.__file__))}
     return fields | {name: version(name) for name in ("torch", "diffusers", "transformers")}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nitro_engines.cache import EngineCache
-from nitro_engines.files import Report, foreign_errors, source_sha256
+from nitro_engines.files import Report, foreign_errors, runtime_sha256, source_sha256
 from nitro_engines.host import cpu_name, cpu_target
 from nitro_engines.keys import key_of
 from nitro_rt.errors import BundleError, ConfigError
@@ -81,7 +81,8 @@ def compare_stages(
     Returns: one result per stage, whose `chosen` is the faster's precision.
     """
     keys = [{stage: engine.key for stage, engine in engines.items()} for engines in (quantised, parents)]
-    key = key_of({"engines": keys, "cpu": cpu_name(), "machine": cpu_target(), "code": source_sha256(Path(__file__))})
+    code = [source_sha256(Path(__file__)), runtime_sha256()]
+    key = key_of({"engines": keys, "cpu": cpu_name(), "machine": cpu_target(), "code": code})
     with cache.making(key, "this comparison of speed", report) as work:
         results = _known(cache, key)
         if results is None:

@@ -166,6 +166,16 @@ def test_the_backends_code_is_part_of_the_key(tmp_path: Path) -> None:
     assert source_sha256(tmp_path) != before
 
 
+def test_what_is_left_out_is_no_part_of_the_key(tmp_path: Path) -> None:
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "a.py").write_text("x = 1")
+    before = source_sha256(tmp_path, without=("cli/",))
+    (tmp_path / "cli" / "words.py").write_text("x = 1")
+    assert source_sha256(tmp_path, without=("cli/",)) == before != source_sha256(tmp_path)
+    (tmp_path / "client.py").write_text("x = 1")
+    assert source_sha256(tmp_path, without=("cli/",)) != before
+
+
 def test_a_damaged_cache_is_noticed_and_the_bundle_is_whole(
     make_graphs: MakeGraphs, cache: EngineCache, backend: Any, tmp_path: Path
 ) -> None:

@@ -14,13 +14,15 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+import nitro_engines.gate
 from nitro_engines.backends import load_backend
+from nitro_engines.backends.onnx_file import OnnxRuntimeBackend
 from nitro_engines.bundle import bundle_from_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.gate import Gate
 from nitro_rt import Pipeline
 from nitro_rt.bundle import open_bundle
-from nitro_rt.device import find_driver
+from nitro_rt.device import Driver, Gpu, find_driver
 from nitro_rt.errors import BuildError, BundleError
 from nitro_rt.manifest import GraphsManifest, Reference, sha256_of
 from nitro_rt.quality import LIMITS
@@ -138,6 +140,28 @@ def test_what_was_measured_is_not_measured_again(
     assert first.published and not second.published and second.manifest == first.manifest
 
 
+def test_another_runtime_is_measured_again(
+    graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path, monkeypatch: Any
+) -> None:
+    bundle_from_graphs(graphs, tmp_path / "out", load_backend("onnxruntime"), cache, gate=gate)
+    drawn = counted_drawings(monkeypatch)
+    monkeypatch.setattr("nitro_engines.gate.runtime_sha256", lambda: "0" * 64)
+    bundle_from_graphs(graphs, tmp_path / "out", load_backend("onnxruntime"), cache, gate=gate)
+    assert drawn == [1, 2]
+
+
+def counted_drawings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The step counts that the gate draws with from now on."""
+    compare, drawn = nitro_engines.gate.compare_with_parent, []
+
+    def counted(pipe: Pipeline, num_steps: int) -> Any:
+        drawn.append(num_steps)
+        return compare(pipe, num_steps)
+
+    monkeypatch.setattr("nitro_engines.gate.compare_with_parent", counted)
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "change"),
     [
@@ -237,6 +261,25 @@ def test_engines_that_do_not_run_here_are_judged_by_their_graphs(
     damaged = edit_weights(graphs, "decode", "kernel", lambda weights: weights * 1.5)
     with pytest.raises(BuildError, match="on onnxruntime: missed"):
         bundle_from_graphs(damaged, tmp_path / "other", DeviceBackend(), cache, gate=gate)  # type: ignore[arg-type]
+
+
+def test_another_stand_in_judges_again(graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path, monkeypatch: Any) -> None:
+    out, drawn = tmp_path / "out", counted_drawings(monkeypatch)
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(OnnxRuntimeBackend, "toolchain", lambda self, version=version: {"onnxruntime": version})
+        bundle_from_graphs(graphs, out, DeviceBackend(), cache, gate=gate)  # type: ignore[arg-type]
+    assert drawn == [1, 2, 1, 2]
+
+
+def test_a_gpu_that_was_not_there_judges_again(
+    graphs: Path, gate: Gate, cache: EngineCache, tmp_path: Path, monkeypatch: Any
+) -> None:
+    drawn = counted_drawings(monkeypatch)
+    for gpus in ((), (Gpu(name="NVIDIA L4", target="sm89"),)):
+        driver = Driver(found=True, cuda_version="13.0", gpus=gpus, reason="")
+        monkeypatch.setattr("nitro_engines.gate.find_driver", lambda driver=driver: driver)
+        bundle_from_graphs(graphs, tmp_path / "out", DeviceBackend(), cache, gate=gate)  # type: ignore[arg-type]
+    assert drawn == [1, 2, 1, 2]
 
 
 @pytest.mark.skipif(bool(find_driver().gpus), reason="this machine has a GPU")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import nitro_export.quantise
+import nitro_rt.noise
 from nitro_engines import BuildRequest, EngineCache, build, quantisation
 from nitro_engines.gate import QualityMissed
 from nitro_engines.quantisation import quantisation_of
@@ -93,6 +94,15 @@ def test_activations_have_a_zero_point_of_their_own_where_the_backend_reads_one(
 ) -> None:
     found = quantisation_of(precision, backend, provider)
     assert found is not None and found.symmetric is symmetric and found.fields()["symmetric"] is symmetric
+
+
+def test_other_noise_is_calibrated_with_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = quantisation_of("int8", "openvino")
+    assert found is not None
+    before = found.fields()
+    (tmp_path / "noise.py").write_text("")
+    monkeypatch.setattr(nitro_rt.noise, "__file__", str(tmp_path / "noise.py"))
+    assert found.fields() != before
 
 
 def test_float_precisions_quantise_nothing() -> None:

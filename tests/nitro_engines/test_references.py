@@ -14,6 +14,7 @@ from PIL import Image
 
 import nitro_export
 import nitro_export.parent
+import nitro_rt.noise
 from nitro_engines.bundle import read_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.references import FIRST_SEED, PROMPTS, references_of
@@ -89,6 +90,16 @@ def test_another_parent_draws_anew(
 ) -> None:
     references_of(checkpoint, graphs, 1, cache)
     references_of(checkpoint, read_graphs(make_graphs("other", steps=(1, 4), **options)), 1, cache)
+    assert len(painter.drawn) == 4
+
+
+def test_other_noise_draws_anew(
+    graphs: GraphsManifest, cache: EngineCache, painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references_of(checkpoint, graphs, 1, cache)
+    (tmp_path / "noise.py").write_text("")
+    monkeypatch.setattr(nitro_rt.noise, "__file__", str(tmp_path / "noise.py"))
+    references_of(checkpoint, graphs, 1, cache)
     assert len(painter.drawn) == 4
 
 

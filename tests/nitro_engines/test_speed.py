@@ -129,6 +129,9 @@ def test_a_stage_that_is_not_faster_is_said_and_not_chosen(
     assert lines[1].endswith("pairs: fp32 is chosen, int8 is not faster here")
     again = compare_stages(quantised, parents, cache, lines.append)
     assert again == (denoise, decode) and len(opened) == 4 and len(lines) == 4  # from the cache, and said again
+    monkeypatch.setattr("nitro_engines.speed.runtime_sha256", lambda: "0" * 64)
+    compare_stages(quantised, parents, cache, lines.append)
+    assert len(opened) == 8
 
 
 def test_an_interval_that_holds_one_chooses_the_parent(
