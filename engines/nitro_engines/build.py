@@ -80,9 +80,9 @@ def _build(prepared: Preparation, out: Path, report: Report, cache: EngineCache)
 def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) -> BuildResult:
     """Each stage in int8 or in the best float precision, whichever is faster here, as far as the bundle passes its gate.
 
-    Raises: also ConfigError for a backend whose engines cannot be timed here.
+    Raises: also ConfigError for engines that cannot be timed here.
     """
-    require_measurable(request.backend)
+    require_measurable(request.backend, request.provider)
     parent, out = _prepared(dataclasses.replace(request, precision=FLOAT_PRECISIONS[request.backend]), report, cache)
     quantised = prepare_build(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO))
     require_room(forecast(quantised, cache, cached_graphs(quantised, cache)))

@@ -135,7 +135,7 @@ def plan(request: BuildRequest, cache: EngineCache | None = None) -> BuildPlan:
     Raises: ConfigError, ModelNotFound, ExportError, BackendUnavailable as `build` would before its work starts.
     """
     if request.precision == AUTO:
-        require_measurable(request.backend)
+        require_measurable(request.backend, request.provider)
         quantised = plan(dataclasses.replace(request, precision=QUANTISED_FOR_AUTO), cache)
         return dataclasses.replace(quantised, request=dataclasses.replace(quantised.request, precision=AUTO))
     prepared, cache = prepare_build(request), cache or EngineCache()

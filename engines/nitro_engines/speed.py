@@ -25,6 +25,7 @@ from nitro_engines.host import cpu_name, cpu_target
 from nitro_engines.keys import key_of
 from nitro_rt.errors import BundleError, ConfigError
 from nitro_rt.manifest import SCHEMA_VERSION, Engine, SpeedResult, TensorSpec, from_json
+from nitro_rt.providers import GPU_PROVIDERS, PROVIDERS
 from nitro_rt.session import Session, SessionFactory
 
 MIN_PAIRS, MAX_PAIRS = 6, 25
@@ -32,8 +33,8 @@ MIN_PAIRS, MAX_PAIRS = 6, 25
 MAX_SECONDS = 60.0
 """Per stage, once there are `MIN_PAIRS`: a full-size stage takes longer than all of this for one call."""
 FLOAT_PRECISIONS = {"openvino": "fp16", "onnxruntime": "fp32"}
-"""Backend -> its fastest float precision. OpenVINO computes float16 graphs in what the CPU has; ONNX Runtime puts casts
-around every operator of one."""
+"""Backend -> its fastest float precision on a CPU. OpenVINO computes float16 graphs in what the CPU has; ONNX Runtime puts
+casts around every operator of one."""
 QUANTISED_FOR_AUTO = "int8"
 """CPUs have no arithmetic in FP8."""
 
@@ -54,12 +55,17 @@ class Ratio:
     num_pairs: int
 
 
-def require_measurable(backend: str) -> None:
-    """Raises: ConfigError for a backend whose engines cannot be timed where they are built."""
+def require_measurable(backend: str, provider: str | None = None) -> None:
+    """Raises: ConfigError for engines that cannot be timed where they are built, or not on a CPU."""
     if backend not in FLOAT_PRECISIONS:
         raise ConfigError(
             f"--precision auto times engines on this machine, and {backend} engines do not run here; choose one: --precision "
             f"fp16 or --precision int8, or a backend that runs here: {', '.join(FLOAT_PRECISIONS)}"
+        )
+    if backend == "onnxruntime" and PROVIDERS.get(provider or "cpu") in GPU_PROVIDERS:
+        raise ConfigError(
+            f"--precision auto times engines on this machine's CPU, and --provider {provider} runs them on a GPU; choose one: "
+            "--precision fp16 or --precision int8. To find the faster one, build both and time them with nitro-rt bench"
         )
 
 

@@ -61,7 +61,7 @@ def parse_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8", "auto"]),
     show_default="fp32",
-    help="Number type of the graphs; int8 and fp8 are calibrated; auto: the fastest that passes the quality gate.",
+    help="Number type of the graphs; int8 and fp8 are calibrated; auto: the fastest on this CPU that passes the quality gate.",
 )
 @click.option(
     "--backend",

@@ -204,6 +204,17 @@ def test_auto_needs_engines_that_run_here(job: Callable[..., Any], checkpoint: P
         job(request, cache=cache)
 
 
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("job", [build, plan])
+def test_auto_refuses_gpu_providers_before_any_work(
+    job: Callable[..., Any], checkpoint: Path, cache: EngineCache, provider: str
+) -> None:
+    request = BuildRequest(model=str(checkpoint), precision="auto", backend="onnxruntime", provider=provider)
+    with pytest.raises(ConfigError, match=f"--provider {provider} runs them on a GPU.*--precision fp16.*with nitro-rt bench"):
+        job(request, cache=cache)
+    assert not cache.root.exists()
+
+
 @pytest.fixture
 def auto(folders: tuple[Path, Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildRequest:
     """A request for auto whose graphs are the hand-made ones and whose gate refuses nothing."""
