@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 def linears_as_convolutions(path: Path, out: Path) -> int:
-    """Write the graph to `out` with every linear layer that is INT8 on both sides as a convolution.
+    """Write the graph to `out` with every linear layer that is INT8 on both sides as a convolution; nothing if it has none.
 
     Left as they are: products without a constant, layers in floats or FP8, and those whose inputs are no
     [batch, tokens, channels] or whose tokens make no rectangle (a prime number of them).
@@ -31,11 +31,13 @@ def linears_as_convolutions(path: Path, out: Path) -> int:
     Raises: BuildError if `path` is no ONNX graph.
     """
     model = load_structure(path)
+    if not any(_is_int8_matrix(tensor) for tensor in model.graph.initializer):
+        return 0  # before shapes are inferred, which takes longest
     graph = _Rewriter(model)
     found = sum(graph.rewrite(node) for node in list(model.graph.node))
     if found:
         graph.finish()
-    onnx.save(model, str(out))
+        onnx.save(model, str(out))
     return found
 
 
@@ -123,13 +125,19 @@ class _Rewriter:
         if maker is None or maker.op_type != "DequantizeLinear" or self._uses[maker.output[0]] != 1:
             return None
         weight = self._weights.get(maker.input[0])
-        is_matrix = weight is not None and weight.data_type == TensorProto.INT8 and len(weight.dims) == 2
+        if weight is None or not _is_int8_matrix(weight):
+            return None
         by_row = any(attribute.name == "axis" and attribute.i == 0 for attribute in maker.attribute)
-        return weight if is_matrix and by_row and self._uses[maker.input[0]] == 1 else None
+        return weight if by_row and self._uses[maker.input[0]] == 1 else None
 
     def _constant(self, name: str, numbers: tuple[int, ...]) -> str:
         self._graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, (len(numbers),), numbers))
         return name
+
+
+def _is_int8_matrix(weight: TensorProto) -> bool:
+    """Whether these are a linear layer's weights: those of convolutions have four dimensions."""
+    return weight.data_type == TensorProto.INT8 and len(weight.dims) == 2
 
 
 def _shapes(model: ModelProto) -> dict[str, Shape]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openvino
 
-from nitro_engines.backends.base import check_bindings
+from nitro_engines.backends.base import check_bindings, version
 from nitro_engines.files import foreign_errors, storage_errors
 from nitro_engines.host import cpu_target, has_dot_products
 from nitro_engines.progress import Progress
@@ -35,7 +35,7 @@ class OpenVinoBackend:
         self._core = openvino.Core()
 
     def toolchain(self) -> dict[str, str]:
-        return {"openvino": str(openvino.__version__)}
+        return {"openvino": str(openvino.__version__), "onnx": version("onnx")}  # onnx writes the exchanged layers
 
     def target(self) -> dict[str, str]:
         return cpu_target()
@@ -72,8 +72,6 @@ def _exchange_linears(path: Path) -> None:
     with storage_errors(f"writing {path.name}", path.parent):
         if linears_as_convolutions(path, rewritten):
             os.replace(rewritten, path)
-        else:
-            rewritten.unlink()
 
 
 def _specs(ports: Sequence[openvino.Output], expected: Sequence[TensorSpec]) -> list[TensorSpec]:

@@ -12,6 +12,7 @@ import openvino
 import pytest
 from onnx import helper, numpy_helper
 
+from nitro_engines.backends import onnx_pointwise
 from nitro_engines.backends.onnx_pointwise import linears_as_convolutions
 from nitro_engines.backends.openvino_graph import OpenVinoBackend
 from nitro_engines.host import has_dot_products
@@ -112,6 +113,19 @@ def test_a_weight_that_something_else_reads_stays_a_matrix(path: Path, tmp_path:
     assert linears_as_convolutions(path, tmp_path / "out.onnx") == 1
     for expected, found in zip(run(path), run(tmp_path / "out.onnx"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_without_such_layers_is_not_looked_into(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(path)
+    extractor = onnx.utils.Extractor(model)
+    onnx.save(extractor.extract_model(["x"], ["float"]), path)  # the layer in floats alone
+    monkeypatch.setattr(onnx_pointwise, "_Rewriter", lambda model: pytest.fail("the shapes were inferred"))
+    assert linears_as_convolutions(path, tmp_path / "out.onnx") == 0
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_onnx_is_in_the_keys_of_the_engines_that_it_writes() -> None:
+    assert OpenVinoBackend().toolchain()["onnx"] == onnx.__version__
 
 
 @pytest.mark.parametrize(("features", "convolutions"), [("avx2", 2), ("avx2 avx_vnni", 0)])
