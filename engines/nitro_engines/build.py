@@ -74,6 +74,9 @@ def _build(prepared: Preparation, out: Path, report: Report, cache: EngineCache)
         if prepared.quantisation is None:
             raise
         raise QualityMissed(f"{exc}. {worst_operators(prepared.source.assemble(report), graphs, report)}") from exc
+    is_lossy = any(entry.loss_allowed for entry in result.manifest.quality_gate)
+    if prepared.quantisation is not None and result.published and is_lossy:
+        report(worst_operators(prepared.source.assemble(report), graphs, report))
     return dataclasses.replace(result, seconds={**seconds, **result.seconds})
 
 

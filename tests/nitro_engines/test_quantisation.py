@@ -57,6 +57,13 @@ def test_a_quantised_bundle_and_one_with_a_wrong_scale(tiny_kl: Path, tmp_path: 
     with pytest.raises(QualityMissed, match=rf"Operators with the largest error: {PLANTED} "):
         build(_request(tiny_kl, tmp_path / "wrong"), lines.append, cache)
     assert not (tmp_path / "wrong").exists()
+    allowing = dataclasses.replace(_request(tiny_kl, tmp_path / "allowed"), allow_quality_loss=True)
+    lines.clear()
+    assert build(allowing, lines.append, cache).published
+    assert any(line.startswith(f"Operators with the largest error: {PLANTED} ") for line in lines)
+    lines.clear()
+    assert not build(allowing, lines.append, cache).published  # nothing new to say, so the parent need not draw
+    assert not any("Operators" in line for line in lines)
 
 
 @pytest.mark.parametrize(
