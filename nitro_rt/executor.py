@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nitro_rt.bundle import Bundle
+from nitro_rt.cpu import cpu_target, saturates
 from nitro_rt.errors import BackendUnavailable, BundleError, ConfigError
 from nitro_rt.providers import GPU_PROVIDERS, provider_of
 
@@ -119,11 +120,22 @@ def _openvino(bundle: Bundle, options: DeviceOptions | None) -> Executor:
         raise BackendUnavailable(f"{bundle.folder} runs on OpenVINO, {exc}; pip install 'nitro-rt[cpu]'") from exc
     from nitro_rt.host_executor import HostExecutor
 
+    notes = _saturation_notes(bundle)
     if options is None or not options.runtime_cache:
-        return HostExecutor(bundle, OpenVinoSession)
-    notes: list[str] = []
+        return HostExecutor(bundle, OpenVinoSession, notes)
     cache = ModelCache(model_cache_folder(bundle.folder), notes)
     return HostExecutor(bundle, partial(OpenVinoSession, cache=cache), notes)
+
+
+def _saturation_notes(bundle: Bundle) -> list[str]:
+    """A bundle that is built on such a CPU has weights of 7 bits, whose products do not saturate (docs/quantisation.md)."""
+    recipe = bundle.manifest.quantisation or {}
+    if (recipe.get("precision"), recipe.get("weight_bits")) != ("int8", 8) or not saturates(cpu_target()):
+        return []
+    return [
+        f"{bundle.folder} has INT8 weights of 8 bits, and this CPU adds products of bytes up in 16 bits, which saturate: "
+        "images are worse than the building machine's. Built here, it gets weights of 7 bits: nitro-rt build --precision int8"
+    ]
 
 
 def _onnxruntime(bundle: Bundle, _: DeviceOptions | None) -> Executor:

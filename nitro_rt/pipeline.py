@@ -30,7 +30,8 @@ MAX_QUEUE = 64
 
 
 class ComputeTypeDiffers(UserWarning):
-    """The bundle runs otherwise here than it was built to: in another number type, or on a GPU without its CUDA graph."""
+    """The bundle runs otherwise here than it was built to: in another number type, with sums of bytes that saturate, or on a
+    GPU without its CUDA graph."""
 
 
 class Pipeline:

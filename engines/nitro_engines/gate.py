@@ -15,12 +15,12 @@ from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, runtime_sha256, source_sha256
 from nitro_engines.graphs import sized_stage
 from nitro_engines.history import running_files
-from nitro_engines.host import cpu_target
 from nitro_engines.keys import Fields, key_of
 from nitro_engines.publish import assemble, engines_of
 from nitro_engines.quantisation import QUANTISED
 from nitro_engines.references import references_of
 from nitro_rt.bundle import Bundle, open_bundle
+from nitro_rt.cpu import cpu_target
 from nitro_rt.device import RUNTIMES, find_driver
 from nitro_rt.errors import BackendUnavailable, BuildError, BundleError, EngineMismatch
 from nitro_rt.manifest import SCHEMA_VERSION, BundleManifest, Engine, GraphsManifest, Reference, SizeEngines, from_json

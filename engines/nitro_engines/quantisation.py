@@ -11,8 +11,8 @@ import nitro_export
 import nitro_rt.noise
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, source_sha256
-from nitro_engines.host import cpu_target, has_dot_products
 from nitro_engines.keys import Fields, key_of
+from nitro_rt.cpu import cpu_target, has_dot_products
 from nitro_rt.errors import BundleError
 
 if TYPE_CHECKING:

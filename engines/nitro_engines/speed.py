@@ -21,8 +21,8 @@ import numpy as np
 
 from nitro_engines.cache import EngineCache
 from nitro_engines.files import Report, foreign_errors, runtime_sha256, source_sha256
-from nitro_engines.host import cpu_name, cpu_target
 from nitro_engines.keys import key_of
+from nitro_rt.cpu import cpu_name, cpu_target
 from nitro_rt.errors import BundleError, ConfigError
 from nitro_rt.manifest import SCHEMA_VERSION, Engine, SpeedResult, TensorSpec, from_json
 from nitro_rt.providers import GPU_PROVIDERS, PROVIDERS

@@ -16,7 +16,7 @@ import pytest
 
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch, ShapeError
-from nitro_rt.executor import DEVICE_BACKENDS, EXECUTORS, open_executor
+from nitro_rt.executor import DEVICE_BACKENDS, EXECUTORS, DeviceOptions, open_executor
 from nitro_rt.manifest import Engine, TensorSpec
 from nitro_rt.onnxruntime_session import OnnxRuntimeSession
 from nitro_rt.openvino_session import OpenVinoSession
@@ -43,6 +43,35 @@ def decode(backend: str, make_bundle: Any, tmp_path: Path) -> tuple[Engine, tupl
     engine = bundle.manifest.decode
     paths = tuple(bundle.path(reference) for reference in engine.files)
     return engine, paths, lambda engine=engine: SESSIONS[backend]("decode", engine, paths)
+
+
+@pytest.mark.parametrize("options", [None, DeviceOptions()])
+@pytest.mark.parametrize(
+    ("precision", "weight_bits", "features", "is_said"),
+    [
+        ("int8", 8, "avx2", True),
+        ("int8", 7, "avx2", False),
+        ("int8", 8, "avx2 avx_vnni", False),
+        ("fp8", 8, "avx2", False),  # computed in floats
+    ],
+)
+def test_openvino_says_where_8_bit_weights_saturate(
+    make_bundle: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: DeviceOptions | None,
+    precision: str,
+    weight_bits: int,
+    features: str,
+    is_said: bool,
+) -> None:
+    monkeypatch.setattr("nitro_rt.executor.cpu_target", lambda: {"features": features})
+    bundle = open_bundle(make_bundle(tmp_path / "bundle", backend="openvino", options={"INFERENCE_PRECISION_HINT": "f32"}))
+    recipe = {"precision": precision, "weight_bits": weight_bits}
+    executor = open_executor(replace(bundle, manifest=replace(bundle.manifest, quantisation=recipe)), options)
+    notes = executor.notes
+    executor.close()
+    assert len(notes) == is_said and all("INT8 weights of 8 bits" in note and "which saturate" in note for note in notes)
 
 
 def _buffers() -> dict[str, Any]:

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 from nitro_engines.backends.base import check_bindings
 from nitro_engines.backends.onnx_graph import link_graph
 from nitro_engines.files import foreign_errors
-from nitro_engines.host import cpu_target
 from nitro_engines.progress import Progress
+from nitro_rt.cpu import cpu_target
 from nitro_rt.device import find_driver
 from nitro_rt.errors import BackendUnavailable, ConfigError
 from nitro_rt.manifest import Graph, TensorSpec

@@ -16,8 +16,8 @@ import openvino
 
 from nitro_engines.backends.base import check_bindings, version
 from nitro_engines.files import foreign_errors, storage_errors
-from nitro_engines.host import cpu_target, has_dot_products
 from nitro_engines.progress import Progress
+from nitro_rt.cpu import cpu_target, has_dot_products
 from nitro_rt.errors import BuildError
 from nitro_rt.manifest import Graph, TensorSpec
 from nitro_rt.openvino_model import read_model

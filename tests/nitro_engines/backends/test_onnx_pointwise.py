@@ -15,7 +15,6 @@ from onnx import helper, numpy_helper
 from nitro_engines.backends import onnx_pointwise
 from nitro_engines.backends.onnx_pointwise import linears_as_convolutions
 from nitro_engines.backends.openvino_graph import OpenVinoBackend
-from nitro_engines.host import has_dot_products
 from nitro_rt.manifest import FileRef, Graph, TensorSpec, sha256_of
 
 BATCH, TOKENS, CHANNELS = 2, 12, 8
@@ -157,8 +156,3 @@ def graph_of(path: Path) -> Graph:
     )
     reference = FileRef(path=path.name, sha256=sha256_of(path), num_bytes=path.stat().st_size)
     return Graph(files=(reference,), inputs=inputs, outputs=outputs, parity_max_abs=None, compute_dtype="float32")
-
-
-def test_dot_products_are_read_from_the_cpus_features() -> None:
-    assert has_dot_products({"features": "avx2 avx512_vnni"}) and has_dot_products({"features": "asimd asimdhp"})
-    assert not has_dot_products({"features": "avx2"}) and not has_dot_products({"features": ""})
