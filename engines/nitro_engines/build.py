@@ -26,6 +26,7 @@ from nitro_engines.speed import (
     combinations,
     compare_stages,
     final_results,
+    not_measured,
     require_measurable,
 )
 from nitro_rt.errors import BundleError, ModelNotFound
@@ -74,10 +75,16 @@ def _build(prepared: Preparation, out: Path, report: Report, cache: EngineCache)
         if prepared.quantisation is None:
             raise
         raise QualityMissed(f"{exc}. {worst_operators(prepared.source.assemble(report), graphs, report)}") from exc
-    is_lossy = any(entry.loss_allowed for entry in result.manifest.quality_gate)
-    if prepared.quantisation is not None and result.published and is_lossy:
-        report(worst_operators(prepared.source.assemble(report), graphs, report))
+    if prepared.quantisation is not None:
+        _remark(prepared, graphs, result, report)
     return dataclasses.replace(result, seconds={**seconds, **result.seconds})
+
+
+def _remark(prepared: Preparation, graphs: Path, result: BuildResult, report: Report) -> None:
+    """What a user should know of a quantised bundle: what lost most where a loss was allowed, and that nothing was timed."""
+    if result.published and any(entry.loss_allowed for entry in result.manifest.quality_gate):
+        report(worst_operators(prepared.source.assemble(report), graphs, report))
+    report(not_measured(prepared.request.precision, prepared.request.backend, prepared.request.provider))
 
 
 def _build_fastest(request: BuildRequest, report: Report, cache: EngineCache) -> BuildResult:

@@ -57,16 +57,34 @@ class Ratio:
 
 def require_measurable(backend: str, provider: str | None = None) -> None:
     """Raises: ConfigError for engines that cannot be timed where they are built, or not on a CPU."""
+    if _is_measurable(backend, provider):
+        return
     if backend not in FLOAT_PRECISIONS:
         raise ConfigError(
             f"--precision auto times engines on this machine, and {backend} engines do not run here; choose one: --precision "
             f"fp16 or --precision int8, or a backend that runs here: {', '.join(FLOAT_PRECISIONS)}"
         )
-    if backend == "onnxruntime" and PROVIDERS.get(provider or "cpu") in GPU_PROVIDERS:
-        raise ConfigError(
-            f"--precision auto times engines on this machine's CPU, and --provider {provider} runs them on a GPU; choose one: "
-            "--precision fp16 or --precision int8. To find the faster one, build both and time them with nitro-rt bench"
-        )
+    raise ConfigError(
+        f"--precision auto times engines on this machine's CPU, and --provider {provider} runs them on a GPU; choose one: "
+        "--precision fp16 or --precision int8. To find the faster one, build both and time them with nitro-rt bench"
+    )
+
+
+def not_measured(precision: str, backend: str, provider: str | None = None) -> str:
+    """One line for people about a build of a quantised precision that was named, not chosen by its speed."""
+    is_here = _is_measurable(backend, provider)
+    rival = FLOAT_PRECISIONS[backend] if is_here else "fp16"
+    auto = "--precision auto takes it only where it is; or " if is_here and precision == QUANTISED_FOR_AUTO else ""
+    return (
+        f"speed: whether {precision} is faster than {rival} was not measured; {auto}build --precision {rival}, too, and time "
+        "both with nitro-rt bench"
+    )
+
+
+def _is_measurable(backend: str, provider: str | None) -> bool:
+    # An unknown provider is refused by the backend, in its own words.
+    on_gpu = backend == "onnxruntime" and PROVIDERS.get(provider or "cpu") in GPU_PROVIDERS
+    return backend in FLOAT_PRECISIONS and not on_gpu
 
 
 @dataclass(frozen=True, kw_only=True)

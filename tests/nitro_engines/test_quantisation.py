@@ -13,6 +13,7 @@ import nitro_rt.noise
 from nitro_engines import BuildRequest, EngineCache, build, quantisation
 from nitro_engines.gate import QualityMissed
 from nitro_engines.quantisation import quantisation_of
+from nitro_engines.speed import not_measured
 from nitro_export.quantise import calibration
 from nitro_rt import Pipeline
 
@@ -36,6 +37,7 @@ def test_a_quantised_bundle_and_one_with_a_wrong_scale(tiny_kl: Path, tmp_path: 
     assert manifest.quantisation is not None and manifest.quantisation["precision"] == "int8"
     assert manifest.denoise[1].precision == manifest.decode.precision == "int8"
     assert manifest.quality_gate[0].passed and manifest.quality_gate[0].limits.psnr_db > 20
+    assert [line for line in lines if line.startswith("speed")] == [not_measured("int8", "openvino")]
     with Pipeline.load(tmp_path / "sound") as pipe:
         assert len(pipe("a red apple", seed=0).images) == 1
     again = build(_request(tiny_kl, tmp_path / "again"), lines.append, cache)

@@ -18,7 +18,16 @@ from nitro_engines.bundle import bundle_from_graphs, engines_from_graphs
 from nitro_engines.cache import EngineCache
 from nitro_engines.gate import QualityMissed
 from nitro_engines.graphs import read_graphs
-from nitro_engines.speed import MAX_PAIRS, MAX_SECONDS, MIN_PAIRS, combinations, compare_stages, median_interval, time_pairs
+from nitro_engines.speed import (
+    MAX_PAIRS,
+    MAX_SECONDS,
+    MIN_PAIRS,
+    combinations,
+    compare_stages,
+    median_interval,
+    not_measured,
+    time_pairs,
+)
 from nitro_rt.bundle import open_bundle
 from nitro_rt.errors import BundleError, ConfigError
 from nitro_rt.manifest import BUNDLE_FILE, EXPORT_FILE, Engine, SpeedResult, to_json
@@ -213,6 +222,25 @@ def test_auto_refuses_gpu_providers_before_any_work(
     with pytest.raises(ConfigError, match=f"--provider {provider} runs them on a GPU.*--precision fp16.*with nitro-rt bench"):
         job(request, cache=cache)
     assert not cache.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "provider", "rival", "auto"),
+    [
+        ("int8", "openvino", None, "fp16", True),
+        ("int8", "onnxruntime", "cpu", "fp32", True),
+        ("fp8", "openvino", None, "fp16", False),
+        ("int8", "onnxruntime", "cuda", "fp16", False),
+        ("int8", "tensorrt", None, "fp16", False),
+    ],
+)
+def test_a_precision_that_was_named_is_said_not_to_be_timed(
+    precision: str, backend: str, provider: str | None, rival: str, auto: bool
+) -> None:
+    line = not_measured(precision, backend, provider)
+    assert line.startswith(f"speed: whether {precision} is faster than {rival} was not measured; ")
+    assert line.endswith(f"build --precision {rival}, too, and time both with nitro-rt bench")
+    assert ("--precision auto takes it only where it is" in line) == auto
 
 
 @pytest.fixture
