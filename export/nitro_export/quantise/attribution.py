@@ -27,7 +27,7 @@ from nitro_export.quantise.sensitivity import sqnr_db
 from nitro_export.quantise.weight_file import read_tensor
 from nitro_export.structure import load_structure
 from nitro_rt.errors import ConfigError, ExportError
-from nitro_rt.manifest import EXPORT_FILE, GraphsManifest, from_json
+from nitro_rt.manifest import EXPORT_FILE, GraphsManifest, from_json, resolve
 
 if TYPE_CHECKING:
     from nitro_export.parent import Parent
@@ -71,7 +71,8 @@ def attribute(
         prompts: what calibration was given, or its beginning; None means the first two of the built-in ones. On anything
             that calibration has not seen, inputs may leave their range, and operators look wrong that are as they should be.
         worst: how many; None means all.
-    Raises: ConfigError if the graphs are not quantised or prompts are needed; ExportError if they lack a layer of their recipe.
+    Raises: ConfigError if the graphs are not quantised or prompts are needed; ExportError if they lack a layer of their recipe;
+        BundleError if the manifest names a file outside of the folder. (Digests are not compared: what was damaged is shown.)
     """
     path = graphs / EXPORT_FILE
     manifest = from_json(GraphsManifest, path.read_text(encoding="utf-8"), where=str(path))
@@ -81,10 +82,11 @@ def attribute(
     expected = {layer.name: layer.sqnr_db for layer in recipe.layers}
     chosen = _prompts(recipe, prompts)
     graph_of = {"denoise": manifest.denoise[max(manifest.denoise)], "decode": manifest.decode}
+    path_of = {stage: resolve(graphs, graph.files[0]) for stage, graph in graph_of.items()}
     found: list[LayerError] = []
     kinds = (*QUANTISABLE, nn.LayerNorm)
     for stage in watched_stages(parent, chosen, manifest.schedule.steps, kinds=kinds, seed=recipe.seed, report=report):
-        path = graphs / graph_of[stage.name].files[0].path
+        path = path_of[stage.name]
         operators = _operators(load_structure(path), graphs)
         if missing := [name for name in stage.modules if name in expected and name not in operators]:
             raise ExportError(f"{path} does not quantise {missing[0]}, which its recipe does; quantise the graphs again")

@@ -33,7 +33,7 @@ from nitro_export.quantise.weight_file import TORCH_TYPES, WeightFile, read_tens
 from nitro_export.structure import check_structure, load_structure
 from nitro_export.toolchain import toolchain
 from nitro_rt.errors import ConfigError, ExportError
-from nitro_rt.manifest import EXPORT_FILE, FileRef, Graph, GraphsManifest, check_file, from_json, sha256_of, to_json
+from nitro_rt.manifest import EXPORT_FILE, FileRef, Graph, GraphsManifest, check_file, from_json, resolve, sha256_of, to_json
 
 FLOAT_PRECISIONS = ("fp32", "fp16", "bf16")
 NOTE = "quantised: compared with its parent by its images, not by a tolerance"
@@ -53,15 +53,17 @@ def quantise_graphs(
             by hard link, files that do not change (copies where the file system has no links).
         recipe: for the same checkpoint and shift, and for these step counts at least.
     Returns: the manifest that stands in `out`.
-    Raises: ConfigError for a recipe of another checkpoint; ExportError for a damaged folder, or a layer that is not there.
+    Raises: ConfigError for a recipe of another checkpoint; BundleError for a folder that is damaged or names files outside of
+        it; ExportError for one without a manifest, or a layer that is not there.
     """
     started = time.perf_counter()
     manifest = _read(graphs)
     _check_recipe(recipe, manifest)
+    _check_files(graphs, manifest)
     try:
         with assembled(out) as folder:
             for reference in (*manifest.text.files, *(tokenizer.file for tokenizer in manifest.tokenizers)):
-                _link_or_copy(graphs / reference.path, folder / reference.path)
+                _link_or_copy(resolve(graphs, reference), folder / reference.path)
             denoise = {f"denoise-{count}": graph for count, graph in manifest.denoise.items()}
             quantised = {
                 **_quantised(graphs, folder, denoise, recipe, "network.unet.", report),
@@ -95,6 +97,14 @@ def _read(graphs: Path) -> GraphsManifest:
     return manifest
 
 
+def _check_files(graphs: Path, manifest: GraphsManifest) -> None:
+    """Each file once, although all step counts have the same weights. Raises: BundleError as `check_file`."""
+    references = [file for graph in (manifest.text, *manifest.denoise.values(), manifest.decode) for file in graph.files]
+    references += [tokenizer.file for tokenizer in manifest.tokenizers]
+    for reference in dict.fromkeys(references):
+        check_file(graphs, reference)
+
+
 def _check_recipe(recipe: QuantisationRecipe, manifest: GraphsManifest) -> None:
     if recipe.checkpoint_sha256 != manifest.source.checkpoint_sha256:
         raise ConfigError(
@@ -120,7 +130,7 @@ def _quantised(
     models: dict[str, onnx.ModelProto] = {}
     with WeightFile(folder) as weights:
         for name, graph in floats.items():
-            model = load_structure(check_file(graphs, graph.files[0]))
+            model = load_structure(resolve(graphs, graph.files[0]))
             _GraphRewriter(model, graphs, weights, layers, recipe).rewrite()
             models[name] = model
         data = weights.close(models.values())

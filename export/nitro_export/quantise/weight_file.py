@@ -91,7 +91,7 @@ class WeightFile:
 def read_tensor(tensor: onnx.TensorProto, folder: Path) -> Tensor:
     """The value of an initializer, in memory of its own, from inside the graph or from the file that it points to.
 
-    Raises: ExportError for a type that no graph of ours has, or a file that is cut or missing.
+    Raises: ExportError for a type that no graph of ours has, or a file that is cut, missing or not beside the graph.
     """
     dtype = TORCH_TYPES.get(tensor.data_type)
     if dtype is None:
@@ -100,6 +100,8 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path) -> Tensor:
         content = bytearray(tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes())
         return torch.frombuffer(content, dtype=dtype).reshape(tuple(tensor.dims)) if content else torch.empty(0, dtype=dtype)
     place = {entry.key: entry.value for entry in tensor.external_data}
+    if Path(place["location"]).name != place["location"]:
+        raise ExportError(f"{tensor.name} lies in {place['location']!r}, which is not beside its graph in {folder}; refused")
     path, length = folder / place["location"], int(place["length"])
     content = bytearray(length)
     try:

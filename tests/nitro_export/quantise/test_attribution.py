@@ -13,7 +13,7 @@ import pytest
 from nitro_export.parent import Parent
 from nitro_export.quantise import QuantisationRecipe, attribute
 from nitro_export.quantise.weight_file import read_tensor
-from nitro_rt.errors import ConfigError
+from nitro_rt.errors import BundleError, ConfigError
 from nitro_rt.manifest import EXPORT_FILE, GraphsManifest, from_json, to_json
 
 BLOCK = "network.unet.mid_block.attentions.0.transformer_blocks.0"
@@ -70,4 +70,9 @@ def test_refused(
     changed = manifest.quantisation | {"prompts_sha256": "0" * 64}
     (folder / EXPORT_FILE).write_text(to_json(dataclasses.replace(manifest, quantisation=changed)))
     with pytest.raises(ConfigError, match="prompts of its own"):
+        attribute(folder, parent_of(tiny_kl))
+    outside = dataclasses.replace(manifest.decode.files[0], path="../decode.onnx")
+    decode = dataclasses.replace(manifest.decode, files=(outside, *manifest.decode.files[1:]))
+    (folder / EXPORT_FILE).write_text(to_json(dataclasses.replace(manifest, decode=decode)))
+    with pytest.raises(BundleError, match="which leaves the folder"):
         attribute(folder, parent_of(tiny_kl))

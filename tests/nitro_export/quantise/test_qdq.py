@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from nitro_export.quantise import QuantisationRecipe, calibrate, quantise_graphs
 from nitro_export.quantise.formats import INT8
 from nitro_export.quantise.qdq import quantised_weight
 from nitro_export.quantise.weight_file import read_tensor
-from nitro_rt.errors import ConfigError, ExportError
-from nitro_rt.manifest import EXPORT_FILE, GraphsManifest, check_file, from_json
+from nitro_rt.errors import BundleError, ConfigError, ExportError
+from nitro_rt.manifest import EXPORT_FILE, FileRef, GraphsManifest, check_file, from_json, sha256_of, to_json
 
 GRAPHS = ("denoise-1", "denoise-2", "denoise-3", "denoise-4", "decode")
 PSNR_DB = 30.0
@@ -131,6 +132,41 @@ def test_a_layer_that_is_not_there_leaves_nothing(float_graphs: Path, recipe: Qu
     with pytest.raises(ExportError, match="lacks 1 of the recipe's .* layers: network.unet.nowhere"):
         quantise_graphs(float_graphs, tmp_path / "out", dataclasses.replace(recipe, layers=(*recipe.layers, stranger)))
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def _text(manifest: GraphsManifest, reference: FileRef) -> GraphsManifest:
+    return dataclasses.replace(manifest, text=dataclasses.replace(manifest.text, files=(reference,)))
+
+
+def _tokenizer(manifest: GraphsManifest, reference: FileRef) -> GraphsManifest:
+    first, second = manifest.tokenizers
+    return dataclasses.replace(manifest, tokenizers=(dataclasses.replace(first, file=reference), second))
+
+
+@pytest.mark.parametrize("change", [_text, _tokenizer])
+def test_files_outside_of_the_folder_are_refused(
+    float_graphs: Path, recipe: QuantisationRecipe, tmp_path: Path, change: Callable[..., GraphsManifest]
+) -> None:
+    folder = Path(shutil.copytree(float_graphs, tmp_path / "graphs"))
+    (tmp_path / "outside").write_bytes(b"{}")
+    reference = FileRef(path="../outside", sha256=sha256_of(tmp_path / "outside"), num_bytes=2)
+    (folder / EXPORT_FILE).write_text(to_json(change(_manifest(folder), reference)))
+    with pytest.raises(BundleError, match=r"names the file '\.\./outside', which leaves the folder"):
+        quantise_graphs(folder, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pick", [lambda m: m.text.files[1], lambda m: m.tokenizers[1].file, lambda m: m.denoise[1].files[1]])
+def test_changed_files_are_refused(
+    float_graphs: Path, recipe: QuantisationRecipe, tmp_path: Path, pick: Callable[[GraphsManifest], FileRef]
+) -> None:
+    folder = Path(shutil.copytree(float_graphs, tmp_path / "graphs"))
+    path = folder / pick(_manifest(folder)).path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=f"{path.name} has sha256"):
+        quantise_graphs(folder, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantised_graphs_are_not_quantised_again(int8_graphs: Path, recipe: QuantisationRecipe, tmp_path: Path) -> None:
