@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nitro_rt.errors import ExportError, ModelNotFound
+from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
 from nitro_rt.manifest import sha256_of
 
 PART_CLASSES = {
@@ -81,7 +81,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a checkpoint's configs and file names.
 
     Raises: ModelNotFound if the folder or one of its files is not there; ExportError if it is not an SDXL checkpoint of
-        the kind that NitroFusion uses (two CLIP text encoders, 4-channel epsilon UNet with text_time, safetensors).
+        the kind that NitroFusion uses (two CLIP text encoders, 4-channel epsilon UNet with text_time, safetensors);
+        ConfigError if an index of shards names files outside of its folder.
     """
     index = _model_index(folder)
     _check_parts(folder, index)
@@ -108,7 +109,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def checkpoint_sha256(folder: Path) -> str:
     """Digest over the files that an export reads: their names in the folder and their contents, nothing else.
 
-    Raises: ModelNotFound, ExportError as `read_checkpoint`.
+    Raises: ModelNotFound, ExportError, ConfigError as `read_checkpoint`.
     """
     digest = hashlib.sha256()
     for path in _files(read_checkpoint(folder)):
@@ -125,10 +126,26 @@ def weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
 def part_files(folder: Path, part: str) -> list[Path]:
     """The weight files in `folder`, which is a `part`, and, where they are shards, their index.
 
-    Raises: ModelNotFound if there are none; ExportError if there are pickles only.
+    Raises: ModelNotFound if there are none; ExportError if there are pickles only; of shards also as `shards`.
     """
     stem = WEIGHT_STEMS[part]
     return _weight_files(folder, stem, _variant(folder, stem))
+
+
+def shards(index: Path) -> tuple[Path, ...]:
+    """The weight files that an index of shards names; all lie beside it.
+
+    Raises: ExportError if the index is damaged; ConfigError if it names a file elsewhere; ModelNotFound if one is missing.
+    """
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError(f"{index} has no weight_map; fetch the checkpoint again")
+    names = sorted({str(name) for name in weight_map.values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ConfigError(f"{index} names the file {outside[0]!r}, which is not beside it; refused")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise ModelNotFound(f"{index.parent} lacks {missing[0]}, which its {index.name} names; fetch the checkpoint again")
+    return tuple(index.parent / name for name in names)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -212,11 +229,7 @@ def _weight_files(part: Path, stem: str, variant: str | None) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    shards = sorted({part / str(name) for name in _read_json(index).get("weight_map", {}).values()})
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise ModelNotFound(f"{part} lacks {missing[0]}, which its {index.name} names; fetch the checkpoint again")
-    return [index, *shards]
+    return [index, *shards(index)]
 
 
 def _check_tokenizer(part: Path) -> None:

@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_c
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nitro_export.checkpoint import shards
 from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
 from nitro_rt.manifest import sha256_of
 
@@ -188,7 +189,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     if not path.is_file():
         raise ModelNotFound(f"there is no file or folder {path}; name a checkpoint folder or a UNet's .safetensors file")
     if path.name.endswith(".json"):
-        return _shards(path)
+        return shards(path)
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"{path} is no .safetensors file; pickles (.ckpt, .bin, .pt) are not opened because they can run code"
@@ -202,21 +203,9 @@ def _weight_files_of_folder(folder: Path) -> tuple[Path, ...]:
         if single.is_file():
             return (single,)
         if index.is_file():
-            return _shards(index)
+            return shards(index)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
     raise ModelNotFound(f"{folder} has no {STEM}.safetensors and no index of shards; found: {found or 'nothing'}")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ExportError(f"{index} has no weight_map; fetch the checkpoint again")
-    names = sorted({str(name) for name in weight_map.values()})
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ConfigError(f"{index} names the file {outside[0]!r}, which is not beside it; refused")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise ModelNotFound(f"{index.parent} lacks {missing[0]}, which its {index.name} names; fetch the checkpoint again")
-    return tuple(index.parent / name for name in names)
 
 
 def _open_files(files: tuple[Path, ...], stack: ExitStack) -> tuple[dict[str, TensorSpec], dict[str, Callable[[], Tensor]]]:

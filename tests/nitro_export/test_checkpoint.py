@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nitro_export import checkpoint_sha256, read_checkpoint
-from nitro_rt.errors import ExportError, ModelNotFound
+from nitro_rt.errors import ConfigError, ExportError, ModelNotFound, NitroError
 
 
 def _edit(path: Path, **changes: object) -> None:
@@ -107,6 +107,23 @@ def test_takes_an_fp16_variant_and_shards(copied: Path) -> None:
     index = copied / "vae" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "shard-1.safetensors", "b": "shard-2.safetensors"}}))
     with pytest.raises(ModelNotFound, match="shard-2"):
+        read_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "error", "says"),
+    [
+        ({"conv_in.weight": "../../other.safetensors"}, ConfigError, "names the file '../../other.safetensors'.*refused"),
+        ({"conv_in.weight": "/other.safetensors"}, ConfigError, "names the file '/other.safetensors'.*refused"),
+        (["other.safetensors"], ExportError, "has no weight_map"),
+        ({}, ExportError, "has no weight_map"),
+    ],
+)
+def test_shards_lie_beside_their_index(copied: Path, weight_map: object, error: type[NitroError], says: str) -> None:
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(copied.parent / "other.safetensors")
+    weights.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(error, match=says):
         read_checkpoint(copied)
 
 
