@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from nitro_export.checkpoint import Checkpoint, checkpoint_sha256, read_checkpoint
+from nitro_export.checkpoint import WEIGHT_STEMS, Checkpoint, checkpoint_sha256, read_checkpoint, weight_files
+from nitro_export.stored import sha256_of_finite
 from nitro_export.toolchain import toolchain
 from nitro_rt.errors import ConfigError, ExportError
 from nitro_rt.manifest import (
@@ -96,6 +97,7 @@ def export_checkpoint(
     model = read_checkpoint(checkpoint)
     request = _resolve(model, steps=steps, shift=shift, precision=precision, size_px=size_px, batch=batch)
     versions = toolchain()
+    _require_finite(model)
     source = Source(
         name=name or str(model.run.get("name") or checkpoint.resolve().name),
         checkpoint_sha256=checkpoint_sha256(checkpoint),
@@ -136,6 +138,16 @@ def _resolve(
         size_px=size,
         batch=batch,
     )
+
+
+def _require_finite(checkpoint: Checkpoint) -> None:
+    """Before any network computes: a NaN among the weights would look like an overflow in the graph's number type.
+
+    Files that were looked at are remembered, so that this costs no second reading. Raises: ExportError naming the tensors.
+    """
+    for part in WEIGHT_STEMS:
+        for path in weight_files(checkpoint, part):
+            sha256_of_finite(path)
 
 
 def _shift(checkpoint: Checkpoint) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from nitro_export import checkpoint_sha256, export_checkpoint, toolchain
 from nitro_export.export import assembled
@@ -184,6 +185,23 @@ def test_without_a_shift_it_is_refused(copied: Path, tmp_path: Path, content: di
         (copied / "run.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=says):
         export_checkpoint(copied, tmp_path / "out", steps=(1,))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "precision"), [("unet", "fp16"), ("unet", "bf16"), ("vae", "fp16"), ("text_encoder_2", "fp32")]
+)
+def test_weights_that_are_not_finite_are_named_in_every_precision(
+    copied: Path, tmp_path: Path, part: str, precision: str
+) -> None:
+    """And not taken for an overflow of the number type that was asked for."""
+    (path,) = (copied / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("bias"))
+    weights[name][0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(ExportError, match=f"{path.name} holds NaN or infinity in {name};"):
+        export_checkpoint(copied, tmp_path / "out", steps=(1,), precision=precision)
     assert not (tmp_path / "out").exists()
 
 
