@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nitro_export.sdxl import CONFIGS, TAESDXL
 from nitro_rt.errors import ConfigError, ExportError, ModelNotFound
 from nitro_rt.manifest import sha256_of
 
@@ -100,6 +101,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     )
     for part in ("tokenizer", "tokenizer_2"):
         _check_tokenizer(folder / part)
+    _check_text_encoders(checkpoint)
     _check_unet(checkpoint)
     _check_vae(checkpoint)
     _check_scheduler(checkpoint)
@@ -240,44 +242,53 @@ def _check_tokenizer(part: Path) -> None:
         raise ModelNotFound(f"{part} has neither tokenizer.json nor {missing[0]}; fetch the checkpoint again")
 
 
+def _check_text_encoders(checkpoint: Checkpoint) -> None:
+    for part, config in zip(("text_encoder", "text_encoder_2"), checkpoint.text_encoders, strict=True):
+        where = checkpoint.folder / part / "config.json"
+        for field in ("hidden_size", "vocab_size", "max_position_embeddings"):
+            _require_count(where, config, field, CONFIGS[part])
+    first, second = checkpoint.text_encoders
+    where = checkpoint.folder / "text_encoder_2" / "config.json"
+    _require_count(where, second, "projection_dim", CONFIGS["text_encoder_2"])
+    if second["max_position_embeddings"] != first["max_position_embeddings"]:
+        expected = f"{first['max_position_embeddings']} as in text_encoder; both encoders read the same tokens and must agree"
+        raise _unexpected(where, second, "max_position_embeddings", expected)
+
+
 def _check_unet(checkpoint: Checkpoint) -> None:
     config, where = checkpoint.unet, checkpoint.folder / "unet" / "config.json"
-    channels = config.get("in_channels"), config.get("out_channels")
-    if channels != (LATENT_CHANNELS, LATENT_CHANNELS):
-        hint = "; nine inputs mean an inpainting UNet" if channels[0] == 9 else ""
-        raise ExportError(f"{where}: in and out channels are {channels}, a text-to-image SDXL UNet has 4 and 4{hint}")
+    for field in ("in_channels", "out_channels"):
+        if config.get(field) != LATENT_CHANNELS:
+            hint = " (9 are an inpainting UNet's)" if config.get(field) == 9 else ""
+            raise _unexpected(where, config, field, f"{LATENT_CHANNELS} in a text-to-image SDXL UNet{hint}")
     if config.get("addition_embed_type") != "text_time":
-        raise ExportError(f"{where}: addition_embed_type is {config.get('addition_embed_type')!r}, SDXL has 'text_time'")
-    for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "timestep_post_act"):
-        if config.get(key) is not None:
-            raise ExportError(f"{where}: {key} is {config[key]!r}, an SDXL UNet without guidance input has none")
-    if not isinstance(config.get("sample_size"), int):
-        raise ExportError(f"{where}: sample_size is {config.get('sample_size')!r}, it must be one whole number (128 in SDXL)")
+        raise _unexpected(where, config, "addition_embed_type", "'text_time' as in SDXL")
+    for field in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "timestep_post_act"):
+        if config.get(field) is not None:
+            raise _unexpected(where, config, field, "none in an SDXL UNet without guidance input")
+    for field in ("sample_size", "addition_time_embed_dim"):
+        _require_count(where, config, field, CONFIGS["unet"])
+    _require_counts(where, config, "block_out_channels", CONFIGS["unet"])
     first, second = checkpoint.text_encoders
-    widths = int(first["hidden_size"]) + int(second["hidden_size"])
+    widths = first["hidden_size"] + second["hidden_size"]
     if config.get("cross_attention_dim") != widths:
-        raise ExportError(
-            f"{where}: cross_attention_dim is {config.get('cross_attention_dim')}, but the two text encoders give {widths}; "
-            "the parts are of different checkpoints"
-        )
-    pooled = int(second["projection_dim"]) + NUM_TIME_IDS * int(config.get("addition_time_embed_dim") or 0)
+        expected = f"{widths}, the hidden_size of both text encoders; the parts are of different checkpoints"
+        raise _unexpected(where, config, "cross_attention_dim", expected)
+    pooled = second["projection_dim"] + NUM_TIME_IDS * config["addition_time_embed_dim"]
     if config.get("projection_class_embeddings_input_dim") != pooled:
-        raise ExportError(
-            f"{where}: projection_class_embeddings_input_dim is {config.get('projection_class_embeddings_input_dim')}, "
-            f"but pooled text and sizes give {pooled}; the parts are of different checkpoints"
-        )
-    lengths = int(first["max_position_embeddings"]), int(second["max_position_embeddings"])
-    if lengths[0] != lengths[1]:
-        raise ExportError(f"{checkpoint.folder}: the text encoders read {lengths[0]} and {lengths[1]} tokens; they must agree")
+        expected = f"{pooled} for pooled text and sizes; the parts are of different checkpoints"
+        raise _unexpected(where, config, "projection_class_embeddings_input_dim", expected)
 
 
 def _check_vae(checkpoint: Checkpoint) -> None:
     config, where = checkpoint.vae, checkpoint.folder / "vae" / "config.json"
-    if config.get("latent_channels", LATENT_CHANNELS) != LATENT_CHANNELS or config.get("out_channels", 3) != 3:
-        raise ExportError(
-            f"{where}: {config.get('latent_channels')} latent and {config.get('out_channels')} image channels, "
-            "an SDXL VAE has 4 and 3"
-        )
+    for field, channels in (("latent_channels", LATENT_CHANNELS), ("out_channels", 3)):
+        if config.get(field, channels) != channels:
+            raise _unexpected(where, config, field, f"{channels} in an SDXL VAE")
+    if config.get("_class_name") == "AutoencoderTiny":
+        _require_counts(where, config, "decoder_block_out_channels", TAESDXL)
+    else:
+        _require_counts(where, config, "block_out_channels", CONFIGS["vae"])
 
 
 def _check_scheduler(checkpoint: Checkpoint) -> None:
@@ -285,7 +296,27 @@ def _check_scheduler(checkpoint: Checkpoint) -> None:
     config, where = checkpoint.scheduler, checkpoint.folder / "scheduler" / "scheduler_config.json"
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
-        raise ExportError(f"{where}: prediction_type is {prediction!r}; NitroFusion checkpoints predict 'epsilon'")
+        raise _unexpected(where, config, "prediction_type", "'epsilon', which NitroFusion checkpoints predict")
     for key in ("trained_betas", "rescale_betas_zero_snr", "clip_sample", "thresholding"):
         if config.get(key):
-            raise ExportError(f"{where}: {key} is {config[key]!r}, which the shifted LCM schedule does not have")
+            raise _unexpected(where, config, key, "none: the shifted LCM schedule does not have it")
+
+
+def _require_count(where: Path, config: dict[str, Any], field: str, of_sdxl: dict[str, Any]) -> None:
+    if not _is_count(config.get(field)):
+        raise _unexpected(where, config, field, f"a whole number ({of_sdxl[field]} in SDXL)")
+
+
+def _require_counts(where: Path, config: dict[str, Any], field: str, of_sdxl: dict[str, Any]) -> None:
+    found = config.get(field)
+    if not isinstance(found, list) or not found or not all(map(_is_count, found)):
+        raise _unexpected(where, config, field, f"a list of whole numbers ({of_sdxl[field]} in SDXL)")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _unexpected(where: Path, config: dict[str, Any], field: str, expected: str) -> ExportError:
+    found = f"is {config[field]!r}" if field in config else "is missing"
+    return ExportError(f"{where}: {field} {found}, expected {expected}")

@@ -27,15 +27,20 @@ def test_reads_a_tiny_checkpoint(tiny_kl: Path, tiny_tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "says"),
     [
-        ("unet", {"in_channels": 9}, "inpainting"),
-        ("unet", {"out_channels": 8}, "4 and 4"),
+        ("unet", {"in_channels": 9}, "in_channels is 9, expected 4 .*inpainting"),
+        ("unet", {"out_channels": 8}, "out_channels is 8, expected 4 in"),
         ("unet", {"addition_embed_type": None}, "text_time"),
         ("unet", {"time_cond_proj_dim": 256}, "guidance"),
-        ("unet", {"cross_attention_dim": 64}, "different checkpoints"),
-        ("unet", {"projection_class_embeddings_input_dim": 99}, "different checkpoints"),
-        ("unet", {"sample_size": None}, "sample_size"),
-        ("text_encoder", {"max_position_embeddings": 64}, "must agree"),
-        ("vae", {"latent_channels": 16}, "4 and 3"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64, expected 80, .*different checkpoints"),
+        ("unet", {"projection_class_embeddings_input_dim": 99}, "input_dim is 99, expected 144 .*different checkpoints"),
+        ("unet", {"sample_size": None}, r"sample_size is None, expected a whole number \(128 in SDXL\)"),
+        ("unet", {"block_out_channels": 320}, r"block_out_channels is 320, expected a list .*\[320, 640, 1280\]"),
+        ("unet", {"addition_time_embed_dim": "256"}, "addition_time_embed_dim is '256', expected a whole number"),
+        ("text_encoder", {"hidden_size": True}, "hidden_size is True, expected a whole number"),
+        ("text_encoder_2", {"max_position_embeddings": 64}, "max_position_embeddings is 64, expected 77 .*must agree"),
+        ("vae", {"latent_channels": 16}, "latent_channels is 16, expected 4 in"),
+        ("vae", {"out_channels": 1}, "out_channels is 1, expected 3 in"),
+        ("vae", {"block_out_channels": []}, r"block_out_channels is \[\], expected a list"),
         ("scheduler", {"prediction_type": "v_prediction"}, "v_prediction"),
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ("scheduler", {"clip_sample": True}, "clip_sample"),
@@ -44,7 +49,29 @@ def test_reads_a_tiny_checkpoint(tiny_kl: Path, tiny_tiny: Path) -> None:
 def test_refuses_other_networks(copied: Path, part: str, changes: dict[str, object], says: str) -> None:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     _edit(copied / part / name, **changes)
-    with pytest.raises(ExportError, match=says):
+    with pytest.raises(ExportError, match=rf"{part}.{name}: .*{says}"):
+        read_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "of_sdxl"),
+    [
+        ("text_encoder", "hidden_size", "768"),  # a T5 encoder's config has d_model
+        ("text_encoder_2", "hidden_size", "1280"),
+        ("text_encoder_2", "projection_dim", "1280"),
+        ("text_encoder", "max_position_embeddings", "77"),
+        ("text_encoder_2", "vocab_size", "49408"),
+        ("unet", "block_out_channels", r"\[320, 640, 1280\]"),
+        ("unet", "addition_time_embed_dim", "256"),
+        ("vae", "block_out_channels", r"\[128, 256, 512, 512\]"),
+    ],
+)
+def test_a_field_that_is_missing_is_named(copied: Path, part: str, field: str, of_sdxl: str) -> None:
+    path = copied / part / "config.json"
+    config = json.loads(path.read_text())
+    del config[field]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=rf"{part}.config.json: {field} is missing, expected .* \({of_sdxl} in SDXL\)"):
         read_checkpoint(copied)
 
 
