@@ -196,7 +196,7 @@ def _write(request: _Request, folder: Path, source: Source, versions: dict[str, 
         )
         for part, config in zip(("tokenizer", "tokenizer_2"), model.text_encoders, strict=True)
     )
-    return GraphsManifest(
+    manifest = GraphsManifest(
         schema_version=SCHEMA_VERSION,
         source=source,
         schedule=ScheduleSpec(shift=request.shift, steps=request.schedules),
@@ -209,6 +209,8 @@ def _write(request: _Request, folder: Path, source: Source, versions: dict[str, 
         tokenizers=tokenizers,
         toolchain=versions,
     )
+    report(files.summary())
+    return manifest
 
 
 def _text(request: _Request, files: WeightFiles, report: Report) -> Graph:

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,12 +51,14 @@ NO_HARD_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOP
 
 @dataclass(kw_only=True)
 class WeightFiles:
-    """The weight files of a graphs folder: what was linked, what was copied, what was written anew."""
+    """The weight files of a graphs folder: what was linked, what was copied, what was written anew and why."""
 
     folder: Path
     linked: set[str] = field(default_factory=set)
     copied: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
+    converted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(type in the checkpoint, type in the graph) -> number of tensors, where the two differ."""
 
     def adopt(self, source: Path) -> str:
         """A checkpoint's file, under its content's name. Raises: ExportError if it holds NaN or infinity."""
@@ -71,6 +74,13 @@ class WeightFiles:
                 shutil.copyfile(source, target)
                 self.copied.add(name)
         return name
+
+    def summary(self) -> str:
+        """One line for people."""
+        why = " (no hard links to the checkpoint's files)" if self.copied else ""
+        line = f"weight files: {len(self.linked)} linked, {len(self.copied)} copied{why}, {len(self.written)} written"
+        kinds = [f"{count} tensors converted from {stored} to {dtype}" for (stored, dtype), count in self.converted.items()]
+        return "; ".join([line, *kinds])
 
 
 def graphs_from_stages(
@@ -258,7 +268,10 @@ def _set_weights(
             continue
         if name in constants:
             value.const_value = _inline(name, constants[name])
-        elif stored[name].num_bytes < INLINE_BYTES:
+            continue
+        if stored[name].dtype != kind:
+            files.converted[stored[name].dtype, kind] += 1
+        if stored[name].num_bytes < INLINE_BYTES:
             value.const_value = _inline(name, _converted(stored[name], dtype))
         elif stored[name].dtype == kind:
             file = files.adopt(stored[name].path)

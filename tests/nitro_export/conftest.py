@@ -38,14 +38,16 @@ def copied(tiny_kl: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, GraphsManifest]]:
-    """`export_checkpoint` into a fresh folder; equal arguments share one export."""
+    """`export_checkpoint` into a fresh folder; equal arguments share one export. What it reported is in report.txt beside."""
     done: dict[Any, tuple[Path, GraphsManifest]] = {}
 
     def export(checkpoint: Path, **options: Any) -> tuple[Path, GraphsManifest]:
         key = (checkpoint, *sorted(options.items()))
         if key not in done:
             out = tmp_path_factory.mktemp("graphs") / "out"
-            done[key] = out, export_checkpoint(checkpoint, out, **options)
+            lines: list[str] = []
+            done[key] = out, export_checkpoint(checkpoint, out, report=lines.append, **options)
+            out.with_name("report.txt").write_text("\n".join(lines))
         return done[key]
 
     return export

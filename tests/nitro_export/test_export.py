@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def test_float16_images_are_near(
     for steps in (1, 4):
         expected = oracle_images(checkpoint, PROMPTS[:1], seed=0, steps=steps, shift=500, size_px=size_px)
         assert _psnr(draw(folder, manifest, PROMPTS[:1], seed=0, steps=steps), expected) >= PSNR_DB["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": ALL_STEPS, "shift": 250, "batch": 1}, r"weight files: 4 linked, 0 copied, 0 written"),
+        # The KL decoder stays float32, as it is stored.
+        (
+            {"steps": (1, 4), "precision": "fp16", "size_px": 64},
+            r"weight files: 1 linked, 0 copied, 2 written; \d+ tensors converted from float32 to float16",
+        ),
+    ],
+)
+def test_the_report_says_where_weights_come_from(tiny_kl: Path, exported: Exported, options: dict[str, Any], says: str) -> None:
+    folder, _ = exported(tiny_kl, **options)
+    [found] = [line for line in folder.with_name("report.txt").read_text().splitlines() if line.startswith("weight files")]
+    assert re.fullmatch(says, found)
 
 
 def _initializers(folder: Path, graph: Graph) -> list[onnx.TensorProto]:

@@ -106,6 +106,7 @@ def test_without_hard_links_the_weights_are_copied(tiny_tiny: Path, tmp_path: Pa
     (source,) = (tiny_tiny / "vae").glob("*.safetensors")
     name = files.adopt(source)
     assert files.copied == {name} and not files.linked
+    assert files.summary() == "weight files: 0 linked, 1 copied (no hard links to the checkpoint's files), 0 written"
     assert sha256_of(tmp_path / name) == sha256_of(source) and not (tmp_path / name).samefile(source)
 
 
