@@ -218,7 +218,7 @@ class Draft:
 
     def _take(self, folder: Path, parts: Iterable[str]) -> None:
         """Link a checkpoint's common files and these parts of it. Raises: ModelNotFound, ExportError if one is not there."""
-        from nitro_export.checkpoint import TOKENIZER_FILES, part_files
+        from nitro_export.checkpoint import TOKENIZER_FILES, check_tokenizer, part_files
         from nitro_export.sdxl import CONFIGS, MODEL_INDEX
 
         index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
@@ -230,6 +230,7 @@ class Draft:
             found = [name for name in TOKENIZER_FILES if (folder / part / name).is_file()]
             if not found:
                 raise ModelNotFound(f"{folder} has no {part}, which the checkpoint needs; name a base that has both tokenizers")
+            check_tokenizer(folder / part)
             self.files |= {f"{part}/{name}": Link(path=folder / part / name) for name in found}
         for part in parts:
             for path in (folder / part / "config.json", *part_files(folder / part, part)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from nitro_engines.files import Report, silent
 from nitro_engines.places import (
     HUB_ID,
     PICKLES,
+    by_hand,
+    fetched,
     hub_cache,
     hub_file,
     hub_folder,
@@ -37,6 +39,7 @@ FETCH_SDXL = (
 )
 """Without the UNet, which is another's."""
 TAESDXL = "madebyollin/taesdxl"
+FETCH_TAESDXL = f"`hf download {TAESDXL} config.json diffusion_pytorch_model.safetensors`"
 TAESDXL_LICENCE = "MIT"
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 
@@ -239,15 +242,14 @@ def _preset(model: str, base: str | None) -> ModelSource | Draft:
             f"or put the file at {models_root() / preset.unet}"
         )
     if others is None:
-        missing.append(
-            f"the SDXL base: {FETCH_SDXL}, or put its folder at {models_root() / SDXL.rpartition('/')[2]}, or say --base FOLDER"
-        )
+        missing.append(f"the SDXL base: {FETCH_SDXL}, or put its folder at {by_hand(SDXL)}, or say --base FOLDER")
     if unet is None or others is None:
         raise ModelNotFound(
             f"--model {model}: not all of it is on this machine, and nitro-rt downloads nothing. Missing: "
             f"{'; and '.join(missing)}. Or put a whole diffusers folder at {folder}, or say --model FOLDER"
         )
-    draft = Draft.of_unet(unet, others, name=model, shift=preset.shift, licence=preset.licence)
+    with fetched(SDXL, FETCH_SDXL) if base is None else nullcontext():
+        draft = Draft.of_unet(unet, others, name=model, shift=preset.shift, licence=preset.licence)
     draft.origin = f"{model} on {others.origin}"
     return draft
 
@@ -296,8 +298,8 @@ def _choose_decoder(draft: Draft, decoder: str) -> None:
     folder = hub_folder(TAESDXL)
     if folder is None:
         raise ModelNotFound(
-            f"--decoder tiny: {TAESDXL} is not on this machine, and nitro-rt downloads nothing; fetch it with "
-            f"`hf download {TAESDXL} config.json diffusion_pytorch_model.safetensors`, or put the two files into "
-            f"{models_root() / 'taesdxl'}, or name another: --decoder PATH"
+            f"--decoder tiny: {TAESDXL} is not on this machine, and nitro-rt downloads nothing; fetch it with {FETCH_TAESDXL}, "
+            f"or put the two files into {by_hand(TAESDXL)}, or name another: --decoder PATH"
         )
-    draft.replace_decoder(folder, "--decoder tiny", licence=TAESDXL_LICENCE, origin=TAESDXL)
+    with fetched(TAESDXL, FETCH_TAESDXL):
+        draft.replace_decoder(folder, "--decoder tiny", licence=TAESDXL_LICENCE, origin=TAESDXL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nitro_engines.cache import default_cache_root
@@ -46,10 +48,36 @@ def hub_file(repository: str, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def by_hand(repository: str) -> Path:
+    """Where users put a repository's folder without the hub's cache."""
+    return models_root() / repository.rpartition("/")[2]
+
+
 def hub_folder(repository: str) -> Path | None:
-    """A repository's folder: in the hub's cache, or put into <cache>/models by hand."""
-    by_hand = models_root() / repository.rpartition("/")[2]
-    return hub_snapshot(repository) or (by_hand if by_hand.is_dir() else None)
+    """A repository's folder: put into <cache>/models by hand, or in the hub's cache, which may hold a few of its files only."""
+    folder = by_hand(repository)
+    return folder if folder.is_dir() else hub_snapshot(repository)
+
+
+@contextmanager
+def fetched(repository: str, command: str) -> Iterator[None]:
+    """For reading what `hub_folder` found: an error about a missing file also says where the file comes from.
+
+    Args:
+        command: fetches what is needed of the repository.
+    """
+    try:
+        yield
+    except ModelNotFound as exc:
+        folder = by_hand(repository)
+        mend = (
+            f"complete {folder}, or remove it and fetch the files with {command}"
+            if folder.is_dir()
+            else f"fetch them with {command}, or put the whole folder at {folder}"
+        )
+        raise ModelNotFound(
+            f"{exc}. Not all files of {repository} are on this machine, and nitro-rt downloads nothing; {mend}"
+        ) from exc
 
 
 def hub_licence(folder: Path) -> str | None:

@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         variants={part: _variant(folder / part, stem) for part, stem in WEIGHT_STEMS.items()},
     )
     for part in ("tokenizer", "tokenizer_2"):
-        _check_tokenizer(folder / part)
+        check_tokenizer(folder / part)
     _check_text_encoders(checkpoint)
     _check_unet(checkpoint)
     _check_vae(checkpoint)
@@ -234,7 +234,8 @@ def _weight_files(part: Path, stem: str, variant: str | None) -> list[Path]:
     return [index, *shards(index)]
 
 
-def _check_tokenizer(part: Path) -> None:
+def check_tokenizer(part: Path) -> None:
+    """Raises: ModelNotFound unless the folder has a tokenizer in one of its two forms."""
     if (part / "tokenizer.json").is_file():
         return
     missing = [name for name in ("vocab.json", "merges.txt") if not (part / name).is_file()]

@@ -162,6 +162,41 @@ def test_a_preset_of_its_parts(tiny_kl: Path, tmp_path: Path) -> None:
     assert other.licence == "CC-BY-NC-SA-4.0 and CC0-1.0"
 
 
+def hub_snapshot(tmp_path: Path, repository: str) -> Path:
+    """Where the hub's cache has this repository; the folder is not there yet."""
+    stored = tmp_path / "hf" / "hub" / f"models--{repository.replace('/', '--')}"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text("abc123")
+    return stored / "snapshots" / "abc123"
+
+
+def test_a_partly_fetched_base_says_how_to_fetch_the_rest(tiny_kl: Path, tmp_path: Path) -> None:
+    models = tmp_path / "cache" / "models"
+    models.mkdir(parents=True)
+    shutil.copy(tiny_kl / "unet" / "diffusion_pytorch_model.safetensors", models / "nitrosd-realism_unet.safetensors")
+    snapshot = hub_snapshot(tmp_path, "stabilityai/stable-diffusion-xl-base-1.0")
+    fetch = (
+        r".*hf download stabilityai/stable-diffusion-xl-base-1.0 .*or put .* at \S+/cache/models/stable-diffusion-xl-base-1.0"
+    )
+    shutil.copytree(tiny_kl, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelNotFound, match=f"vae has no diffusion_pytorch_model.safetensors{fetch}"):
+        resolve_model("nitrosd-realism")
+    with pytest.raises(ModelNotFound, match="vae has no diffusion_pytorch_model.safetensors; fetch the checkpoint again$"):
+        resolve_model("nitrosd-realism", base=str(snapshot))  # the user's own folder, wherever it is from
+    for name in ("tokenizer.json", "merges.txt"):
+        (snapshot / "tokenizer_2" / name).unlink(missing_ok=True)
+    with pytest.raises(ModelNotFound, match=f"tokenizer_2 has neither tokenizer.json nor merges.txt{fetch}"):
+        resolve_model("nitrosd-realism")
+
+    by_hand = Path(shutil.copytree(tiny_kl, models / "stable-diffusion-xl-base-1.0"))
+    assert resolve_model("nitrosd-realism").origin == "nitrosd-realism on stabilityai/stable-diffusion-xl-base-1.0"
+    (by_hand / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelNotFound, match=f"text_encoder has no model.safetensors.*complete {by_hand}, or remove it and fetch"
+    ):
+        resolve_model("nitrosd-realism")
+
+
 def test_a_decoder_folder(tiny_kl: Path, taesdxl: Path) -> None:
     source = resolve_model(str(tiny_kl), decoder=str(taesdxl))
     assert (source.name, source.origin, source.shift) == ("tiny-kl-taesdxl", "tiny-kl, decoder taesdxl", 500)
@@ -178,6 +213,17 @@ def test_the_tiny_decoder_is_looked_for(tiny_kl: Path, taesdxl: Path, tmp_path: 
     shutil.copytree(taesdxl, tmp_path / "cache" / "models" / "taesdxl")
     source = resolve_model(str(tiny_kl), decoder="tiny")
     assert (source.name, source.licence) == ("tiny-kl-taesdxl", "CC0-1.0 and MIT")
+
+
+def test_a_partly_fetched_tiny_decoder_says_how_to_fetch_the_rest(tiny_kl: Path, taesdxl: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(tmp_path, "madebyollin/taesdxl")
+    snapshot.mkdir(parents=True)
+    for missing in ("holds no config.json", "has no diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ModelNotFound, match=f"{missing}.*hf download madebyollin/taesdxl .*cache/models/taesdxl"):
+            resolve_model(str(tiny_kl), decoder="tiny")
+        shutil.copy(taesdxl / "config.json", snapshot)
+    shutil.copytree(taesdxl, tmp_path / "cache" / "models" / "taesdxl")
+    assert resolve_model(str(tiny_kl), decoder="tiny").name == "tiny-kl-taesdxl"
 
 
 def test_the_tiny_decoder_is_for_sdxls_latents_only() -> None:
