@@ -1,4 +1,4 @@
-# make demo | test | test-full | test-gpu | check | fix | bench | bench-train | bench-export | peers | ablation | emoji-data | emoji-teacher | emoji-model
+# make demo | test | test-full | test-gpu | test-browser | check | fix | bench | bench-train | bench-export | peers | ablation | emoji-data | emoji-teacher | emoji-model
 # PYTHON is the interpreter that the virtual environment is made with; everything else happens inside $(VENV).
 
 PYTHON ?= python3
@@ -15,13 +15,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu check fix bench bench-train bench-export peers ablation emoji-data emoji-teacher emoji-model
+.PHONY: help demo test test-full test-gpu test-browser check fix bench bench-train bench-export peers ablation emoji-data emoji-teacher emoji-model
 
 help:
 	@echo 'make demo           build the shipped model for 1 and for 1, 2 and 4 steps, and draw two sheets into demo/'
 	@echo 'make test           the tests, without the slow ones'
 	@echo 'make test-full      all tests'
 	@echo 'make test-gpu       the tests that need an NVIDIA GPU, on it, with a report'
+	@echo 'make test-browser   the committed reports in Chromium, as on a phone and on a desk'
 	@echo 'make check          lint, format, types, import contracts'
 	@echo 'make fix            mend what lint and format can mend'
 	@echo 'make bench          the lean runtime beside diffusers, into benchmarks/reports/'
@@ -71,6 +72,11 @@ test-full: $(VENV)/.dev-stamp
 
 test-gpu: $(VENV)/.dev-stamp
 	$(BIN)/python -m nitro_bench.gpu --report benchmarks/reports
+
+test-browser: $(VENV)/.dev-stamp
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo 'no Chromium is here: apt install chromium' >&2; exit 1; }
+	$(PIP) install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest tests/nitro_bench/test_page_in_a_browser.py
 
 # --- checks -------------------------------------------------------------------------------------------------------------
 check: $(VENV)/.dev-stamp

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here: a
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here: make test-browser")
     with playwright.sync_playwright() as here:
         opened = here.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield opened

@@ -23,6 +23,7 @@ from nitro_rt.errors import BundleError, ConfigError
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 2)
     monkeypatch.setattr(side_by_side, "NUM_PAIRS", 5)
+    monkeypatch.setattr(side_by_side, "MAX_LOOKS", 1)
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def taken(little_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ite
             return [({"total": 10.0, "cpu": 10.0}, dict.fromkeys(("total", "cpu"), 10.0 * next(coming)))]
 
         monkeypatch.setattr(side_by_side, "NUM_PROCESSES", 6)
+        monkeypatch.setattr(side_by_side, "MAX_LOOKS", 3)
         monkeypatch.setattr(side_by_side, "_unit", unit)
         monkeypatch.setattr(side_by_side, "_verify", lambda case, report: (10.0, 0))
         monkeypatch.setattr(

@@ -127,7 +127,7 @@ def test_the_plan_of_an_int8_build_is_what_was_measured(tmp_path: Path, sdxl: Pa
         gated=True,
     )
     peaks = {step.name: step.peak_bytes / GIB for step in forecast.steps}
-    assert peaks["calibrating the denoiser"] == pytest.approx(7.7, rel=0.05)
+    assert peaks["calibrating the denoiser"] == pytest.approx(7.7, rel=0.1)
     assert peaks["calibrating the decoder"] < peaks["calibrating the denoiser"]
     assert peaks["drawing the references"] == pytest.approx(8.3, rel=0.15)
 

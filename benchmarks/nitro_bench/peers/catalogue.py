@@ -38,7 +38,7 @@ def _diffusers_on_gpu(name: str, title: str, environment: str, **options: str) -
         adapter=FOLDER / "diffusers_pipeline.py",
         python=_python(environment),
         options={"device": "cuda", "dtype": "float16", "models": str(MODELS), **options},
-        how_to_make=HOW_TO_MAKE_FOR_GPU,
+        how_to_make=HOW_TO_MAKE if environment == "diffusers" else HOW_TO_MAKE_FOR_GPU,
     )
 
 
