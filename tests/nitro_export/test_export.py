@@ -50,9 +50,9 @@ def _psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
 @pytest.mark.parametrize(
     ("batch", "shift"),
     [
-        (1, 250),
-        # Whole bundles at batch 3, and at shift 500, are compared with diffusers in tests/nitro_rt.
-        pytest.param(3, 500, marks=pytest.mark.slow),
+        (3, 500),  # the graphs of the tests below
+        # Whole bundles at shift 250, and at batch 1, are compared with diffusers in tests/nitro_rt.
+        pytest.param(1, 250, marks=pytest.mark.slow),
         pytest.param(1, 500, marks=pytest.mark.slow),
         pytest.param(3, 250, marks=pytest.mark.slow),
     ],
@@ -78,6 +78,7 @@ def test_a_wrong_seed_shift_or_prompt_would_show(tiny_kl: Path) -> None:
     assert _psnr(oracle_images(tiny_kl, PROMPTS[1:2], seed=0, steps=2, shift=500), right) < 35
 
 
+@pytest.mark.slow
 def test_another_size_and_the_tiny_decoder(tiny_tiny: Path, exported: Exported, draw: Draw) -> None:
     # The very graphs of the next test's second case: an export takes longer than all that is asked of it.
     folder, manifest = exported(tiny_tiny, steps=(1, 4), precision="fp16", size_px=96)
@@ -87,7 +88,9 @@ def test_another_size_and_the_tiny_decoder(tiny_tiny: Path, exported: Exported, 
     assert _psnr(draw(folder, manifest, PROMPTS[:1], seed=3, steps=4), expected) >= PSNR_DB["fp16"]
 
 
-@pytest.mark.parametrize(("kind", "decoder", "size_px"), [("kl", "float32", 64), ("tiny", "float16", 96)])
+@pytest.mark.parametrize(
+    ("kind", "decoder", "size_px"), [("kl", "float32", 64), pytest.param("tiny", "float16", 96, marks=pytest.mark.slow)]
+)
 def test_float16_images_are_near(
     request: pytest.FixtureRequest, exported: Exported, draw: Draw, kind: str, decoder: str, size_px: int
 ) -> None:
@@ -118,7 +121,7 @@ def test_float16_images_are_near(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"steps": ALL_STEPS, "shift": 250, "batch": 1}, r"weight files: 4 linked, 0 copied, 0 written"),
+        ({"steps": ALL_STEPS, "shift": 500, "batch": 3}, r"weight files: 4 linked, 0 copied, 0 written"),
         # The KL decoder stays float32, as it is stored.
         (
             {"steps": (1, 4), "precision": "fp16", "size_px": 64},

@@ -152,6 +152,7 @@ def sparing_recipe(student_recipe: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # the moments that hurt most are the next two tests'
 def test_a_run_killed_at_three_moments(
     graveyard: Graveyard, student_recipe: Path, sparing_recipe: Path, student_run: Path, tmp_path: Path
 ) -> None:
