@@ -56,6 +56,8 @@ def tidy_when_ended() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit inside, so that child processes and scratch folders go too. For the main thread."""
 
     def handler(number: int, frame: FrameType | None) -> None:
+        for each in previous:  # `timeout` signals the process and then its group: the second must not cut the tidying short
+            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     previous = {number: signal.signal(number, handler) for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}

@@ -74,12 +74,14 @@ ENDED = """
 import signal, time
 from nitro_rt.cli import interrupt
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore it
-try:
-    with interrupt.tidy_when_ended():
+with interrupt.tidy_when_ended():
+    try:
         print("ready", flush=True)
         time.sleep(60)
-finally:
-    print("tidied", flush=True)
+    finally:
+        print("tidying", flush=True)
+        time.sleep(0.3)
+        print("tidied", flush=True)
 """
 
 
@@ -88,6 +90,8 @@ def test_an_end_from_outside_leaves_time_to_tidy_up(number: signal.Signals) -> N
     with subprocess.Popen([sys.executable, "-c", ENDED], text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(number)
+        assert process.stdout.readline() == "tidying\n"
+        process.send_signal(number)  # once more, as `timeout` does
         assert process.communicate(timeout=30)[0] == "tidied\n"
     assert process.returncode == 128 + number
 
