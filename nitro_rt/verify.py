@@ -14,6 +14,7 @@ from nitro_rt.bundle import Bundle, open_bundle
 from nitro_rt.device import RUNTIMES
 from nitro_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from nitro_rt.pipeline import ComputeTypeDiffers, Pipeline
+from nitro_rt.quantisation import quantised_operators
 from nitro_rt.references import compare_with_parent, limits_here, references_at, result_of
 
 SMOKE_PROMPT, SMOKE_SEED = "a red apple", 0
@@ -43,6 +44,9 @@ def verify_bundle(folder: str | os.PathLike[str]) -> Iterator[Check]:
     yield _ok("files", f"{len(bundle.files())} files, {mib:.2f} MiB: sizes and digests as recorded, none missing, none extra")
     steps, shift = ", ".join(map(str, bundle.built_steps)), bundle.manifest.schedule.shift
     yield _ok("schedule", f"the constants of {steps} steps at shift {shift} equal the table recomputed")
+    operators = quantised_operators(bundle)
+    if operators is not None:
+        yield Check(name="operators", status="ok", detail=operators.sentence(), figures=asdict(operators))
     yield from _drawings(bundle)
 
 
@@ -86,6 +90,8 @@ def _quality(pipe: Pipeline, num_steps: int, at: str) -> Check:
     sentence = comparison.sentence(limits)
     if not comparison.passes(limits):
         then = f"where it was built it had PSNR {built.psnr_db.worst:.1f} dB, SSIM {built.ssim.worst:.4f}; " if built else ""
+        operators = quantised_operators(bundle)
+        then += f"operators: {operators.sentence()}; " if operators is not None else ""
         raise BundleError(
             f"{bundle.folder} misses its quality limits at {at}: {sentence}; {then}"
             "build it again on this machine, or with a higher --precision"

@@ -31,6 +31,8 @@ def command(bundle: Path, as_json: bool) -> None:
 
 
 def _facts(bundle: Bundle) -> Iterator[tuple[str, object]]:
+    from nitro_rt.quantisation import quantised_operators
+
     manifest = bundle.manifest
     plan = manifest.memory_plan
     yield "bundle", f"{manifest.name}, sha256 {bundle.digest}"
@@ -47,7 +49,13 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, object]]:
     yield "target", _pairs(manifest.target)
     yield "built with", _pairs(manifest.toolchain)
     yield "engine key", manifest.engine_key
-    yield "quantised", "no" if manifest.quantisation is None else _pairs({k: str(v) for k, v in manifest.quantisation.items()})
+    operators = quantised_operators(bundle)
+    if operators is None:
+        yield "quantised", "no"
+    else:
+        recipe = manifest.quantisation or {}
+        yield "quantised", _pairs({name: str(value) for name, value in recipe.items() if name not in ("layers", "kept")})
+        yield "operators", operators.sentence()
     yield "needs", f"{_mib(plan.disk_bytes)} on disk, {_mib(plan.weight_bytes)} of weights, {_mib(plan.io_bytes)} of buffers"
 
 

@@ -203,6 +203,16 @@ def test_inspect(bundle_folder: Path, capsys: Capture) -> None:
     assert len(data["digest"]) == 64
 
 
+def test_inspect_sums_up_what_is_quantised(bundle_folder: Path, edit_manifest: Any, capsys: Capture) -> None:
+    layers = [{"name": f"layer.{index}", "sqnr_db": 30 + index, "smoothing": "base64"} for index in range(12)]
+    recipe = {"precision": "int8", "steps": [1, 2], "layers": layers, "kept": [{"name": "first"}]}
+    edit_manifest(bundle_folder, lambda data: data.update(quantisation=recipe))
+    assert main(["inspect", str(bundle_folder)]) == 0
+    output = capsys.readouterr().out
+    assert "precision int8, steps [1, 2]" in output and "12 quantised, 1 kept" in output and "layer.9 39.0 dB" in output
+    assert "base64" not in output and "layer.10" not in output
+
+
 def test_verify(bundle_folder: Path, capsys: Capture) -> None:
     assert main(["verify", str(bundle_folder)]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 4 + ["skipped", "ok", "skipped"]

@@ -89,6 +89,32 @@ def test_a_whole_bundle_passes(backend: str, make_bundle: Any, tmp_path: Path) -
     assert [check.status for check in checks] == [*["ok"] * 4, "skipped"]  # it carries no references
 
 
+def recipe_of(*sqnr_db: float, kept: int = 0) -> dict[str, Any]:
+    layers = [{"name": f"layer.{index}", "sqnr_db": value} for index, value in enumerate(sqnr_db)]
+    return {"precision": "int8", "weight_bits": 8, "layers": layers, "kept": [{}] * kept}
+
+
+def test_the_ten_worst_operators_of_a_quantised_bundle_are_named(referenced: Path) -> None:
+    rewrite(referenced, lambda manifest: dataclasses.replace(manifest, quantisation=recipe_of(*range(40, 29, -1), kept=3)))
+    check = next(check for check in verify_bundle(referenced) if check.name == "operators")
+    assert [error["name"] for error in check.figures["worst"]] == [f"layer.{index}" for index in range(10, 0, -1)]
+    assert check.detail.startswith("11 quantised, 3 kept; most error by calibration: layer.10 30.0 dB; layer.9 31.0 dB;")
+
+
+def test_a_quantised_bundle_that_misses_its_limits_says_which_operators_add_most(referenced: Path) -> None:
+    rewrite(referenced, lambda manifest: dataclasses.replace(manifest, quantisation=recipe_of(31.5, 35.25)))
+    spoilt(referenced, lambda picture: 255 - picture)
+    with pytest.raises(BundleError, match=r"operators: 2 quantised, .*: layer\.0 31\.5 dB; layer\.1 35\.2 dB; build it"):
+        list(verify_bundle(referenced))
+
+
+@pytest.mark.parametrize("recipe", [{"kept": []}, {"layers": [{"name": "a"}], "kept": []}, {"layers": 3}, {"layers": []}])
+def test_a_recipe_without_its_layers_is_refused(referenced: Path, recipe: dict[str, Any]) -> None:
+    rewrite(referenced, lambda manifest: dataclasses.replace(manifest, quantisation=recipe))
+    with pytest.raises(BundleError, match="quantisation recipe .* does not list its layers"):
+        list(verify_bundle(referenced))
+
+
 def test_a_uniform_image_fails(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nitro_rt.reference_session.ReferenceSession._decode", lambda self: self._buffers["images"].fill(0))
     with pytest.raises(BundleError, match="uniform image at 1 step"):
