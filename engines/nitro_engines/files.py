@@ -48,7 +48,7 @@ def foreign_errors(doing: str, at: Path) -> Iterator[None]:
         raise
     except OSError as exc:
         raise BuildError(f"{doing} failed at {exc.filename or at}: {exc.strerror or exc}{_advice(exc, at)}") from exc
-    except Exception as exc:
+    except Exception as exc:  # parsers and compilers raise kinds of their own, without a common base
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise BuildError(f"{doing} failed: {reason} ({free_mib(at)} MiB are free at {at})") from exc
 
