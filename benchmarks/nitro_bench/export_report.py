@@ -102,7 +102,8 @@ Processor seconds count all threads; on a machine with other work they change le
 
 GiB are peak resident memory of the process, mapped files included; "new on disk" leaves out files that are hard links to the
 checkpoint's own. Ours writes the three stages of one bundle with the schedule inside; `torch.onnx.export` one network from a
-loaded module; optimum two text encoders, the UNet and both halves of the VAE.
+loaded module; optimum two text encoders, the UNet and both halves of the VAE, in float32, since it runs what it traces and a
+CPU without float16 arithmetic takes hours for that.
 
 {_refusals(report)}
 
@@ -142,7 +143,7 @@ _TITLES = {
     "checkpoint": "making the checkpoint",
     "export/nitro-rt": "export, nitro-rt",
     "export/torch": "export, torch.onnx.export(dynamo)",
-    "export/optimum": "export, optimum",
+    "export/optimum-fp32": "export, optimum fp32",
     "calibrate": "calibration",
     "quantise": "quantised graphs",
     "build": "build",
