@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,11 +96,18 @@ def _measured(config: ExportBenchConfig, measurement: Measurement) -> dict[str, 
     except subprocess.TimeoutExpired:
         return when | {"failed": f"ran past {config.limit_s:.0f} s"}
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        reason = "killed, most likely for want of memory" if done.returncode == -9 else said[0]
-        return when | {"failed": _without_paths(config, f"ended with {done.returncode}: {reason}")[:400]}
+        return when | {"failed": _without_paths(config, _reason(config, measurement, done))[:400]}
     answer: dict[str, Any] = json.loads(_without_paths(config, done.stdout.strip().splitlines()[-1]))
     return when | answer
+
+
+def _reason(config: ExportBenchConfig, measurement: Measurement, done: subprocess.CompletedProcess[str]) -> str:
+    """Why a child failed: its last words, or the signal that ended it."""
+    said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if done.returncode > 0:
+        return f"ended with {done.returncode}: {said}"
+    limit = f" It may have {config.limit_gib:g} GiB of its own." if measurement.child == OPTIMUM else ""
+    return f"ended by {signal.Signals(-done.returncode).name}, most likely for want of memory.{limit}"
 
 
 def _interpreter(config: ExportBenchConfig, child: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 A stage is traced over fake tensors, so a full SDXL UNet costs no more memory than its graph. Its weights then become ONNX
 external data: they point into the checkpoint's own safetensors files, which lie beside the graph as hard links (or copies,
-where the file system has no links), or, where the type changes, into one file written tensor by tensor. Both kinds are
-named by content (`<sha256>.safetensors`, `<sha256>.data`): a bundle that stores files by content takes them over without
-touching the graphs that point into them.
+where the file system has no links), or, where their type changes or they are folded, into one file written tensor by
+tensor. Both kinds are named by content (`<sha256>.safetensors`, `<sha256>.data`): a bundle that stores files by content
+takes them over without touching the graphs that point into them.
 
 The denoisers of a checkpoint differ in a few small tables only (the stage's own buffers), so one export serves all: the
 tables are exchanged in its graph.
@@ -59,6 +59,8 @@ class WeightFiles:
     written: set[str] = field(default_factory=set)
     converted: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(type in the checkpoint, type in the graph) -> number of tensors, where the two differ."""
+    num_folded: int = 0
+    """Tensors that other ones were made of."""
 
     def adopt(self, source: Path) -> str:
         """A checkpoint's file, under its content's name. Raises: ExportError if it holds NaN or infinity."""
@@ -80,6 +82,7 @@ class WeightFiles:
         why = " (no hard links to the checkpoint's files)" if self.copied else ""
         line = f"weight files: {len(self.linked)} linked, {len(self.copied)} copied{why}, {len(self.written)} written"
         kinds = [f"{count} tensors converted from {stored} to {dtype}" for (stored, dtype), count in self.converted.items()]
+        kinds += [f"{self.num_folded} tensors folded"] * (self.num_folded > 0)
         return "; ".join([line, *kinds])
 
 
@@ -271,9 +274,10 @@ def _set_weights(
             continue
         if stored[name].dtype != kind:
             files.converted[stored[name].dtype, kind] += 1
+        files.num_folded += stored[name].folded is not None
         if stored[name].num_bytes < INLINE_BYTES:
             value.const_value = _inline(name, _converted(stored[name], dtype))
-        elif stored[name].dtype == kind:
+        elif stored[name].dtype == kind and stored[name].folded is None:
             file = files.adopt(stored[name].path)
             used[file] = None
             _point(value, files.folder, file, stored[name].offset, stored[name].num_bytes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nitro_export.checkpoint import Checkpoint, weight_files
 from nitro_export.stored import StoredTensor, stored_tensors
+from nitro_export.subpixel import fold_doublings
 from nitro_rt.errors import ExportError
 
 SHOWN = 10
@@ -41,6 +42,8 @@ def empty_part(checkpoint: Checkpoint, part: str) -> tuple[Any, dict[str, Stored
     stored = _by_parameter(module, stored_tensors(weight_files(checkpoint, part)))
     _check_weights(checkpoint, part, module.state_dict(), stored)
     _restore_position_ids(module)
+    if part == "vae":
+        stored = fold_doublings(module, stored)
     return module.eval().requires_grad_(False), {name: stored[name] for name in module.state_dict()}
 
 

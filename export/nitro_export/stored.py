@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,19 +44,28 @@ class StoredTensor:
     offset: int
     """Bytes from the file's start."""
     num_bytes: int
+    folded: Callable[[Any], Any] | None = None
+    """What a network's parameter is made of it by, with another shape and in float32; None: it is used as it lies."""
 
     def read(self) -> Any:
         """The tensor, in memory of its own."""
+        return self._folded(self._read())
+
+    def mapped(self) -> Any:
+        """The tensor over the file's pages, which the system may drop and read again; a write stays in this process."""
+        content = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(self.num_bytes,))
+        return self._folded(_tensor(content, self))
+
+    def _folded(self, tensor: Any) -> Any:
+        return tensor if self.folded is None else self.folded(tensor)
+
+    def _read(self) -> Any:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = bytearray(self.num_bytes)
             if file.readinto(content) != self.num_bytes:
                 raise ExportError(f"{self.path} was cut while it was read; fetch it again")
         return _tensor(content, self)
-
-    def mapped(self) -> Any:
-        """The tensor over the file's pages, which the system may drop and read again; a write stays in this process."""
-        return _tensor(np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(self.num_bytes,)), self)
 
 
 def _tensor(content: Any, stored: StoredTensor) -> Any:

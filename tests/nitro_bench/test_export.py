@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import sys
@@ -15,7 +16,7 @@ from nitro_bench import _export_latency, export, export_plan
 from nitro_bench._export_meter import Meter, disk_usage
 from nitro_bench._export_sides import sqnr_db
 from nitro_bench.export import collected, run, stored
-from nitro_bench.export_plan import ExportBenchConfig, Measurement, measurements
+from nitro_bench.export_plan import OPTIMUM, ExportBenchConfig, Measurement, measurements
 from nitro_bench.export_report import markdown, ratios, stages
 from nitro_rt.errors import BuildError, ConfigError
 
@@ -96,6 +97,22 @@ def test_a_child_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytes
     use(monkeypatch, [one("half/a", config)], "import time; time.sleep(60)")
     run(config, report=lambda line: None)
     assert (stored(config, "half/a") or {})["failed"] == "ran past 0 s"
+
+
+@pytest.mark.parametrize(
+    ("child", "says"),
+    [
+        ("_export_ours", "ended by SIGSEGV, most likely for want of memory."),
+        (OPTIMUM, "ended by SIGSEGV, most likely for want of memory. It may have 21 GiB of its own."),
+    ],
+)
+def test_the_signal_that_ended_a_child_is_named(
+    config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch, child: str, says: str
+) -> None:
+    planned = [dataclasses.replace(one("half/a", config), child=child)]
+    use(monkeypatch, planned, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    run(config, report=lambda line: None)
+    assert (stored(config, "half/a") or {})["failed"] == says
 
 
 def test_what_a_killed_child_left_is_removed(config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,12 @@ def test_equal_stages_give_equal_bytes_without_paths(tiny_tiny: Path, tmp_path: 
 
 
 def test_weights_are_the_checkpoints_own_bytes(tiny_tiny: Path, tmp_path: Path) -> None:
-    graph, *weights = _written(tiny_tiny, tmp_path / "graphs")
+    graph, own, folded = _written(tiny_tiny, tmp_path / "graphs")
     (source,) = (tiny_tiny / "vae").glob("*.safetensors")
-    assert [path.name for path in weights] == [f"{sha256_of(source)}.safetensors"]
-    assert weights[0].samefile(source)
+    assert own.name == f"{sha256_of(source)}.safetensors" and own.samefile(source)
     initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    elsewhere = [tensor for tensor in initializers if any(entry.value == folded.name for entry in tensor.external_data)]
+    assert [tensor.dims[2:] for tensor in elsewhere] == [[2, 2]] * 3  # those behind a doubling alone
     inline = [tensor for tensor in initializers if not tensor.external_data]
     # Nothing that an optimiser made of weights (a transposed copy of each, say) stands in the graph.
     assert len(inline) < len(initializers) and graph.stat().st_size < source.stat().st_size / 4
