@@ -14,9 +14,10 @@ SAMPLES = (("a red apple on the table", 7), ("a city at night, oil painting", 8)
 """Prompt and seed of the images that graphs are compared on."""
 FLOOR_DB = {"fp32": 40.0, "fp16": 30.0, "bf16": 20.0, "int8": 10.0, "fp8": 8.0}
 """How near to float32 a stage must be, by precision, before it is timed."""
-FLOAT_SIDES = ("onnxruntime-fp32", "diffusers-fp32", "diffusers-compile-fp32")
+FLOAT_SIDES = ("diffusers-fp32", "diffusers-compile-fp32")
 """The peers in the precision that a processor without BF16 runs best."""
-OUR_SIDES = ("openvino-fp16", "openvino-int8")
+OUR_SIDES = ("openvino-fp16", "openvino-fp32", "openvino-int8", "onnxruntime-fp32")
+"""Our graphs on both runtimes that bundles for a CPU have."""
 OPTIMUM = "_export_optimum"
 """The child that runs under optimum's interpreter."""
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from nitro_bench.export_plan import OUR_SIDES
+
 GIB = 2**30
 INT8_GOAL, FLOAT_GOAL = 0.55, 0.95
 """Our time over the best peer's, at most. INT8's is promised on processors that multiply 8-bit numbers natively."""
-OURS = ("openvino-fp16", "openvino-int8")
 NATIVE_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni")
 
 
@@ -82,8 +83,8 @@ def _latency(side: str, results: list[dict[str, Any]]) -> Latency:
 
 def ratios(sides: list[Latency]) -> dict[str, float]:
     """Our sides -> their time over the fastest peer's; empty where no peer was timed."""
-    peers = [side.wall_s for side in sides if side.side not in OURS]
-    return {side.side: side.wall_s / min(peers) for side in sides if side.side in OURS} if peers else {}
+    peers = [side.wall_s for side in sides if side.side not in OUR_SIDES]
+    return {side.side: side.wall_s / min(peers) for side in sides if side.side in OUR_SIDES} if peers else {}
 
 
 def markdown(report: ExportReport) -> str:
@@ -122,8 +123,10 @@ this processor's kernels make of it.
 {_speed(report)}
 
 Seconds per call, batch 1, medians; before it was timed, each side's output was compared with the float32 parent's (SQNR). The
-ratio is to the fastest peer. diffusers with channels last. A processor without BF16 instructions runs diffusers fastest in
-float32, which is then its side here.
+ratio is to the fastest peer, which is diffusers, eager or compiled: OpenVINO and ONNX Runtime run our graphs, as bundles for a
+CPU do. (No other exporter's graph of `full`'s UNet runs on ONNX Runtime here: torch's is refused, optimum's is not to be had.)
+diffusers with channels last. A processor without BF16 instructions runs diffusers fastest in float32, which is then its side
+here.
 
 {_goals(report)}
 
@@ -255,7 +258,7 @@ def _busy_note(report: ExportReport) -> str:
         return ""
     return f"""
 **The machine was busy** when {busy} of {len(loads)} measurements began (load {min(loads):.1f} to {max(loads):.1f} on
-{cores:.0f} cores): wall-clock seconds are too long, and by how much differs. Of speeds believe the ratios of sides that ran in
+{cores:.0f} cores, that of the measurement just before included): wall-clock seconds are too long, and by how much differs. Of speeds believe the ratios of sides that ran in
 turns, and those with care; of costs the processor seconds and the memory.
 """
 
