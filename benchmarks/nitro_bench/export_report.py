@@ -258,8 +258,8 @@ def _busy_note(report: ExportReport) -> str:
         return ""
     return f"""
 **The machine was busy** when {busy} of {len(loads)} measurements began (load {min(loads):.1f} to {max(loads):.1f} on
-{cores:.0f} cores, that of the measurement just before included): wall-clock seconds are too long, and by how much differs. Of speeds believe the ratios of sides that ran in
-turns, and those with care; of costs the processor seconds and the memory.
+{cores:.0f} cores; that of the measurement just before is in it): wall-clock seconds are too long, and by how much differs. Of
+speeds believe the ratios of sides that ran in turns, and those with care; of costs the processor seconds and the memory.
 """
 
 
