@@ -73,7 +73,7 @@ def _convolutions(network: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every 3x3 convolution behind a doubling, which is turned off: the module that has it, by name, and its key there."""
     for name, module in network.named_modules():
         if isinstance(module, Upsample2D):
-            if module.interpolate and module.norm is None and not module.use_conv_transpose and _is_3x3(module.conv):
+            if module.interpolate and _is_3x3(getattr(module, "conv", None)):
                 module.interpolate = False
                 yield name, module, "conv"
         elif isinstance(module, nn.Sequential):
