@@ -237,7 +237,7 @@ def _goals(report: ExportReport) -> str:
                 continue
             goal = INT8_GOAL if side.endswith("int8") else FLOAT_GOAL
             verdict = "met" if ratio <= goal else "missed"
-            if side.endswith("int8") and not native:
+            if verdict == "missed" and side.endswith("int8") and not native:
                 verdict += "; promised only with AMX or VNNI, which this processor has not"
             lines.append(f"- {size}, {px} px, {stage}, {side}: {ratio:.2f} of the best peer, goal {goal}: {verdict}")
     return "\n".join(lines) or "No goal can be judged: nothing was timed beside a peer at half or full size."
