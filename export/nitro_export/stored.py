@@ -45,7 +45,7 @@ class StoredTensor:
     """Bytes from the file's start."""
     num_bytes: int
     folded: Callable[[Any], Any] | None = None
-    """What a network's parameter is made of it by, with another shape and in float32; None: it is used as it lies."""
+    """Makes a network's parameter of it, in another shape and in float32; None: it is used as it lies."""
 
     def read(self) -> Any:
         """The tensor, in memory of its own."""
