@@ -28,6 +28,9 @@ from nitro_bench.export_report import ExportReport, markdown, multiplies_nativel
 from nitro_bench.machine import commit, machine
 from nitro_rt.errors import NitroError
 
+WANT_OF_MEMORY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+"""What ends a process that is refused memory: the system, or a library that does not look at what it was given."""
+
 Report = Callable[[str], None]
 
 
@@ -106,8 +109,11 @@ def _reason(config: ExportBenchConfig, measurement: Measurement, done: subproces
     said = (done.stderr.strip().splitlines() or ["no output"])[-1]
     if done.returncode > 0:
         return f"ended with {done.returncode}: {said}"
+    ended = signal.Signals(-done.returncode)
+    if ended not in WANT_OF_MEMORY:
+        return f"ended by {ended.name}"
     limit = f" It may have {config.limit_gib:g} GiB of its own." if measurement.child == OPTIMUM else ""
-    return f"ended by {signal.Signals(-done.returncode).name}, most likely for want of memory.{limit}"
+    return f"ended by {ended.name}, most likely for want of memory.{limit}"
 
 
 def _interpreter(config: ExportBenchConfig, child: str) -> list[str]:

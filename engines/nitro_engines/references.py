@@ -143,7 +143,7 @@ def _code_sha256() -> dict[str, Any]:
     import nitro_export
 
     folder = Path(nitro_export.__file__).parent
-    modules = ("checkpoint", "loading", "parent", "stages", "stored", "subpixel")
+    modules = ("checkpoint", "loading", "parent", "stages", "stored")
     fields: Fields = {name: source_sha256(folder / f"{name}.py") for name in modules}
     fields |= {"noise": source_sha256(Path(nitro_rt.noise.__file__))}
     return fields | {name: version(name) for name in ("torch", "diffusers", "transformers")}

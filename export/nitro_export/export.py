@@ -275,9 +275,9 @@ class _Parts:
     def of(cls, checkpoint: Checkpoint, *names: str, size_px: int = 64) -> _Parts:
         import torch
 
-        from nitro_export.loading import empty_part, fill
+        from nitro_export.loading import empty_part_of_graph, fill
 
-        found = {name: empty_part(checkpoint, name) for name in names}
+        found = {name: empty_part_of_graph(checkpoint, name) for name in names}
         parts = cls(
             modules=tuple(module for module, _ in found.values()),
             stored={name: stored for name, (_, stored) in found.items()},

@@ -42,9 +42,13 @@ def empty_part(checkpoint: Checkpoint, part: str) -> tuple[Any, dict[str, Stored
     stored = _by_parameter(module, stored_tensors(weight_files(checkpoint, part)))
     _check_weights(checkpoint, part, module.state_dict(), stored)
     _restore_position_ids(module)
-    if part == "vae":
-        stored = fold_doublings(module, stored)
     return module.eval().requires_grad_(False), {name: stored[name] for name in module.state_dict()}
+
+
+def empty_part_of_graph(checkpoint: Checkpoint, part: str) -> tuple[Any, dict[str, StoredTensor]]:
+    """As `empty_part`, in the form that graphs have: the doublings of a VAE's decoder are folded. Raises: as `empty_part`."""
+    module, stored = empty_part(checkpoint, part)
+    return module, fold_doublings(module, stored) if part == "vae" else stored
 
 
 def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = torch.float32) -> Any:

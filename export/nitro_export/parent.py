@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from nitro_export.checkpoint import Checkpoint
-from nitro_export.loading import load_part, widen
+from nitro_export.loading import empty_part_of_graph, fill, load_part, widen
 from nitro_export.stages import DecodeStage, DenoiseNetwork, DenoiseStage, TextStage
 from nitro_rt.errors import ConfigError, ExportError
 from nitro_rt.noise import draw_noise
@@ -60,7 +60,16 @@ class Parent:
 
     @functools.cached_property
     def decode_stage(self) -> DecodeStage:
-        vae = load_part(self.checkpoint, "vae")
+        return self._decode_stage(load_part(self.checkpoint, "vae"))
+
+    @functools.cached_property
+    def folded_decode_stage(self) -> DecodeStage:
+        """The decoder in the form that graphs have, to look at its layers: they are those of the graph, one by one."""
+        vae, stored = empty_part_of_graph(self.checkpoint, "vae")
+        fill(vae, stored, torch.float32)
+        return self._decode_stage(vae)
+
+    def _decode_stage(self, vae: Any) -> DecodeStage:
         return DecodeStage(vae, latent_size=self.latent_size, size_px=self.size_px, batch=self.batch).eval()
 
     def denoise_stage(self, schedule: StepSchedule) -> DenoiseStage:

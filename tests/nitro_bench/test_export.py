@@ -100,17 +100,18 @@ def test_a_child_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("child", "says"),
+    ("child", "number", "says"),
     [
-        ("_export_ours", "ended by SIGSEGV, most likely for want of memory."),
-        (OPTIMUM, "ended by SIGSEGV, most likely for want of memory. It may have 21 GiB of its own."),
+        ("_export_ours", "SIGTERM", "ended by SIGTERM"),
+        ("_export_ours", "SIGSEGV", "ended by SIGSEGV, most likely for want of memory."),
+        (OPTIMUM, "SIGSEGV", "ended by SIGSEGV, most likely for want of memory. It may have 21 GiB of its own."),
     ],
 )
 def test_the_signal_that_ended_a_child_is_named(
-    config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch, child: str, says: str
+    config: ExportBenchConfig, monkeypatch: pytest.MonkeyPatch, child: str, number: str, says: str
 ) -> None:
     planned = [dataclasses.replace(one("half/a", config), child=child)]
-    use(monkeypatch, planned, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    use(monkeypatch, planned, "import os, signal; os.kill(os.getpid(), signal." + number + ")")
     run(config, report=lambda line: None)
     assert (stored(config, "half/a") or {})["failed"] == says
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nitro_export import read_checkpoint
 from nitro_export.graph import WeightFiles, graphs_from_stages
-from nitro_export.loading import empty_part, fill, load_part
+from nitro_export.loading import empty_part_of_graph, fill, load_part
 from nitro_export.parity import widened
 from nitro_export.stages import DecodeStage, Stage
 from nitro_export.stored import sha256_of_finite, stored_tensors
@@ -30,7 +30,7 @@ LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 def _written(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, ...]:
     """The decoder's graph and weight files in `folder`."""
     folder.mkdir(exist_ok=True)
-    vae, stored = empty_part(read_checkpoint(checkpoint), "vae")
+    vae, stored = empty_part_of_graph(read_checkpoint(checkpoint), "vae")
     stage = DecodeStage(vae, latent_size=8, size_px=64, batch=1).eval()
     if dtype != torch.float32:
         stage.narrow(dtype)

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from nitro_export import PRECISIONS, parity, read_checkpoint
 from nitro_export.graph import WeightFiles, graphs_from_stages
-from nitro_export.loading import empty_part, load_part
+from nitro_export.loading import empty_part_of_graph, load_part
 from nitro_export.stages import DecodeStage
 from nitro_rt.errors import ExportError
 
@@ -28,7 +28,7 @@ def stage(tiny_tiny: Path) -> DecodeStage:
 @pytest.fixture
 def graph(tiny_tiny: Path, tmp_path: Path) -> Path:
     """The stage's graph in float32."""
-    vae, stored = empty_part(read_checkpoint(tiny_tiny), "vae")
+    vae, stored = empty_part_of_graph(read_checkpoint(tiny_tiny), "vae")
     empty = DecodeStage(vae, latent_size=8, size_px=64, batch=1).eval()
     weights = {f"vae.{name}": tensor for name, tensor in stored.items()}
     return graphs_from_stages(WeightFiles(folder=tmp_path), {"decode": empty}, weights, torch.float32)["decode"][0]

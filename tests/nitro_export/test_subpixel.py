@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from nitro_export.checkpoint import read_checkpoint
 from nitro_export.export import export_checkpoint
-from nitro_export.loading import load_part
+from nitro_export.loading import empty_part_of_graph, fill
+from nitro_export.parent import Parent
 from nitro_export.stored import stored_tensors
 from nitro_export.subpixel import SubpixelConv2d, fold_doublings, folded_bias, folded_weight
 
@@ -43,13 +44,22 @@ def test_a_decoder_keeps_its_picture(request: pytest.FixtureRequest, kind: str) 
     checkpoint: Path = request.getfixturevalue(f"tiny_{kind}")
     name = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}[kind]
     original: Any = getattr(diffusers, name).from_pretrained(checkpoint / "vae").eval()
-    folded = load_part(read_checkpoint(checkpoint), "vae")
+    folded, stored = empty_part_of_graph(read_checkpoint(checkpoint), "vae")
+    fill(folded, stored, torch.float32)
     assert sum(isinstance(module, SubpixelConv2d) for module in folded.modules()) == 3
     latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found, expected = folded.decode(latents).sample, original.decode(latents).sample
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_parent_draws_with_the_original_and_is_looked_at_folded(tiny_kl: Path) -> None:
+    parent = Parent(read_checkpoint(tiny_kl), size_px=64)
+    original, folded = parent.decode_stage, parent.folded_decode_stage
+    assert [sum(isinstance(m, SubpixelConv2d) for m in stage.modules()) for stage in (original, folded)] == [0, 3]
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(folded.levels(latents), original.levels(latents), rtol=1e-4, atol=1e-2)  # of 255
 
 
 def _file(folder: Path, network: nn.Module) -> Path:

@@ -67,11 +67,11 @@ def watched_stages(
     parent.release("network")
     # One picture of each drawing, of the step counts in turn; all of them where there is one drawing.
     latents = x0s[0] if num_draws == 1 else [found[index % len(found)] for index, found in enumerate(x0s)]
-    modules = _named(parent.decode_stage.vae, "vae.", kinds)
+    modules = _named(parent.folded_decode_stage.vae, "vae.", kinds)
     recorder = Recorder(seed=seed, rows_per_call=math.ceil(NUM_ROWS / len(latents)))
     with recorder.watching(modules), torch.no_grad():
         for index, x0_BChw in enumerate(latents):
-            parent.decode_stage.levels(x0_BChw)
+            parent.folded_decode_stage.levels(x0_BChw)
             report(f"decoding {index + 1} of {len(latents)}, {time.perf_counter() - started:.1f} s")
     yield WatchedStage(name="decode", recorder=recorder, modules=modules)
 
